@@ -1,0 +1,37 @@
+# Needs Python 3.11 to 3.13 with venv and pip; everything else is installed below .venv.
+PYTHON ?= python3
+VENV := .venv
+UV := $(VENV)/bin/uv
+DEV := $(VENV)/.installed
+export DAGSTER_HOME ?= $(CURDIR)/dagster_home
+
+.PHONY: run dev test lint format clean
+
+run: $(DEV) ## Analyse LIBRARY, or a sample library made for the purpose
+	$(VENV)/bin/audio-assets analyze $(if $(LIBRARY),"$(LIBRARY)")
+
+dev: $(DEV) ## Dagster's webserver and daemon on http://localhost:3000
+	$(VENV)/bin/dagster dev --workspace workspace.yaml
+
+test: $(DEV) ## Everything that CI tests
+	$(VENV)/bin/pytest
+
+lint: $(DEV) ## Style and types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	$(VENV)/bin/mypy
+
+format: $(DEV)
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+clean: ## Remove the environment; results in dagster_home stay
+	rm -rf $(VENV)
+
+$(UV):
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade uv
+
+$(DEV): $(UV) pyproject.toml uv.lock
+	UV_PROJECT_ENVIRONMENT=$(CURDIR)/$(VENV) $(UV) sync --frozen --inexact --quiet
+	touch $@

@@ -1,0 +1,1 @@
+"""Resilience for long batch work: breakers, learned timeouts, classification, retries, workers."""

@@ -1,0 +1,182 @@
+"""Work that failed by its input's own fault, and is not tried again until the input changes."""
+
+import fnmatch
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+from sqlalchemy import Connection
+
+from robustness.state import StateStore, get_state_store, insert_into, quarantine
+
+_HASHES_PER_QUERY = 500
+"""Below the number of variables that every SQLite takes in one statement."""
+
+
+@dataclass(frozen=True)
+class QuarantinedCell:
+    """A piece of content that a feature set cannot be computed from.
+
+    Parameters
+    ----------
+    content_hash : str
+        What the file held when it failed.
+    feature_set : str
+        The feature set that failed.
+    file_key : str
+        The file that held it, when it last failed.
+    error_type : str
+        Value of the `robustness.error_classifier.ErrorType`.
+    reason : str
+        What is wrong, for a reader.
+    first_failed_at, last_failed_at : float
+        When (s since the epoch).
+    attempts : int
+        Attempts made altogether.
+    """
+
+    content_hash: str
+    feature_set: str
+    file_key: str
+    error_type: str
+    reason: str
+    first_failed_at: float
+    last_failed_at: float
+    attempts: int
+
+
+class Quarantine:
+    """The quarantined cells of a deployment.
+
+    A cell is known by its content's hash: a file that was changed, or is found elsewhere under
+    another name, is judged by what it holds.
+
+    Parameters
+    ----------
+    store : StateStore, optional
+        Where they are kept; the process's store by default.
+    """
+
+    def __init__(self, store: StateStore | None = None) -> None:
+        self._store = store or get_state_store()
+
+    def check(self, content_hash: str, feature_set: str) -> QuarantinedCell | None:
+        """Return the quarantined cell, None if it is not quarantined."""
+        return self.check_many([content_hash], feature_set).get(content_hash)
+
+    def check_many(
+        self, content_hashes: Collection[str], feature_set: str
+    ) -> dict[str, QuarantinedCell]:
+        """Return those contents that are quarantined for a feature set, by their hashes."""
+        hashes = list(content_hashes)
+
+        def select(connection: Connection) -> dict[str, QuarantinedCell]:
+            found = {}
+            for start in range(0, len(hashes), _HASHES_PER_QUERY):
+                some = hashes[start : start + _HASHES_PER_QUERY]
+                rows = connection.execute(
+                    sa.select(quarantine).where(
+                        quarantine.c.feature_set == feature_set,
+                        quarantine.c.content_hash.in_(some),
+                    )
+                ).mappings()
+                found.update({row["content_hash"]: QuarantinedCell(**row) for row in rows})
+            return found
+
+        return self._store.query(select)
+
+    def add(
+        self,
+        content_hash: str,
+        feature_set: str,
+        *,
+        file_key: str,
+        error_type: str,
+        reason: str,
+        attempts: int = 1,
+    ) -> None:
+        """Quarantine a cell, or record that one in quarantine failed again.
+
+        Parameters
+        ----------
+        content_hash, feature_set, file_key, error_type, reason
+            As in `QuarantinedCell`; the latest file, error and reason are kept.
+        attempts : int
+            Attempts made since it was last recorded.
+        """
+        now = time.time()
+
+        def upsert(connection: Connection) -> None:
+            insert = insert_into(connection, quarantine).values(
+                content_hash=content_hash,
+                feature_set=feature_set,
+                file_key=file_key,
+                error_type=error_type,
+                reason=reason,
+                first_failed_at=now,
+                last_failed_at=now,
+                attempts=attempts,
+            )
+            new = insert.excluded
+            connection.execute(
+                insert.on_conflict_do_update(
+                    index_elements=["content_hash", "feature_set"],
+                    set_={
+                        "file_key": new.file_key,
+                        "error_type": new.error_type,
+                        "reason": new.reason,
+                        "last_failed_at": new.last_failed_at,
+                        "attempts": quarantine.c.attempts + new.attempts,
+                    },
+                )
+            )
+
+        self._store.transact(upsert)
+
+    def release(self, pattern: str, feature_set: str | None = None) -> int:
+        """Let cells out, so that the next run tries them again.
+
+        Parameters
+        ----------
+        pattern : str
+            A content hash, a file key, or a pattern of file keys (``*``, ``?``, ``[...]``).
+        feature_set : str, optional
+            Only the cells of this feature set.
+
+        Returns
+        -------
+        int
+            How many cells were let out.
+        """
+
+        def delete(connection: Connection) -> int:
+            cells = [
+                cell
+                for cell in _select_all(connection)
+                if feature_set in (None, cell.feature_set)
+                and (
+                    pattern in (cell.content_hash, cell.file_key)
+                    or fnmatch.fnmatchcase(cell.file_key, pattern)
+                )
+            ]
+            for cell in cells:
+                connection.execute(
+                    sa.delete(quarantine).where(
+                        quarantine.c.content_hash == cell.content_hash,
+                        quarantine.c.feature_set == cell.feature_set,
+                    )
+                )
+            return len(cells)
+
+        return self._store.transact(delete)
+
+    def list(self) -> list[QuarantinedCell]:
+        """Return all quarantined cells, those of one file together."""
+        return self._store.query(_select_all)
+
+
+def _select_all(connection: Connection) -> list[QuarantinedCell]:
+    order = (quarantine.c.file_key, quarantine.c.feature_set, quarantine.c.content_hash)
+    rows = connection.execute(sa.select(quarantine).order_by(*order)).mappings()
+    return [QuarantinedCell(**row) for row in rows]

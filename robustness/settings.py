@@ -1,0 +1,191 @@
+"""Settings of the robustness layer: one object, filled from environment variables, checked once."""
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Self
+
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import make_url
+from sqlalchemy.exc import ArgumentError
+
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class RobustnessSettingsError(ValueError):
+    """An environment variable has a value that cannot be used; the message names each one."""
+
+
+def _default_state_url() -> str | None:
+    """Return the URL of `robustness.db` in Dagster's home, None without a home."""
+    home = os.environ.get("DAGSTER_HOME")
+    if not home:
+        return None
+    return f"sqlite:///{Path(home).expanduser().absolute() / 'robustness.db'}"
+
+
+class RobustnessSettings(BaseSettings):
+    """What an operator can set; each field's alias is the environment variable that sets it.
+
+    Arguments given to the constructors of breakers, managers and pools win over these.
+
+    Raises
+    ------
+    pydantic.ValidationError
+        If a value does not fit; `get_settings` turns it into `RobustnessSettingsError`.
+    """
+
+    model_config = SettingsConfigDict(
+        env_ignore_empty=True, extra="ignore", frozen=True, validate_by_name=True
+    )
+
+    memory_aware: bool = Field(
+        default=True,
+        validation_alias="MEMORY_AWARE",
+        description="Limit the memory of each worker and shed workers under memory pressure",
+    )
+    circuit_breaker_failure_threshold: PositiveInt = Field(
+        default=5,
+        validation_alias="CIRCUIT_BREAKER_FAILURE_THRESHOLD",
+        description="Consecutive failures that open a breaker which has no threshold of its own",
+    )
+    circuit_breaker_recovery_timeout: PositiveFloat = Field(
+        default=60.0,
+        validation_alias="CIRCUIT_BREAKER_RECOVERY_TIMEOUT",
+        description="Seconds an open breaker waits before it lets a probe through",
+    )
+    half_open_permits: PositiveInt = Field(
+        default=1,
+        validation_alias="ROBUSTNESS_HALF_OPEN_PERMITS",
+        description="Probes a half-open breaker admits at once, over all processes",
+    )
+    timeout_base_delay: PositiveFloat = Field(
+        default=60.0,
+        validation_alias="TIMEOUT_BASE_DELAY",
+        description="Base timeout (s) of work that the table of base timeouts does not name",
+    )
+    timeout_max_delay: PositiveFloat = Field(
+        default=600.0,
+        validation_alias="TIMEOUT_MAX_DELAY",
+        description="Ceiling (s) of every timeout, learned or not",
+    )
+    timeout_memory_threshold: Fraction = Field(
+        default=0.8,
+        validation_alias="TIMEOUT_MEMORY_THRESHOLD",
+        description="Share of memory in use (0 to 1) above which timeouts are lengthened",
+    )
+    timeout_floor: PositiveFloat = Field(
+        default=5.0,
+        validation_alias="ROBUSTNESS_TIMEOUT_FLOOR",
+        description="Shortest learned timeout (s)",
+    )
+    timeout_quantile: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=0.95,
+        validation_alias="ROBUSTNESS_TIMEOUT_QUANTILE",
+        description="Quantile of the observed times that a learned timeout starts from",
+    )
+    timeout_margin: Annotated[float, Field(ge=1)] = Field(
+        default=4.0,
+        validation_alias="ROBUSTNESS_TIMEOUT_MARGIN",
+        description="Factor between that quantile and the timeout",
+    )
+    timeout_min_samples: PositiveInt = Field(
+        default=10,
+        validation_alias="ROBUSTNESS_TIMEOUT_MIN_SAMPLES",
+        description="Observations before a learned timeout replaces the base timeout",
+    )
+    retry_max_attempts: PositiveInt = Field(
+        default=3,
+        validation_alias="ROBUSTNESS_RETRY_MAX_ATTEMPTS",
+        description="Attempts at one piece of work, the first included",
+    )
+    retry_budget_ratio: NonNegativeFloat = Field(
+        default=0.2,
+        validation_alias="ROBUSTNESS_RETRY_BUDGET_RATIO",
+        description="Retries allowed per first attempt, over all processes",
+    )
+    retry_total_seconds: PositiveFloat = Field(
+        default=1800.0,
+        validation_alias="ROBUSTNESS_RETRY_TOTAL_SECONDS",
+        description="Time (s) that one piece of work may take with all its retries",
+    )
+    worker_memory_mib: PositiveInt | None = Field(
+        default=None,
+        validation_alias="ROBUSTNESS_WORKER_MEMORY_MIB",
+        description="Memory (MiB) of one worker; a share of the machine's or cgroup's if unset",
+    )
+    state_url: str | None = Field(
+        default_factory=_default_state_url,
+        validation_alias="ROBUSTNESS_STATE_URL",
+        description="SQLAlchemy URL of the state that all processes share (SQLite or PostgreSQL); "
+        "`$DAGSTER_HOME/robustness.db` if unset, private to each process without `DAGSTER_HOME`",
+    )
+    state_lock_timeout: PositiveFloat = Field(
+        default=5.0,
+        validation_alias="ROBUSTNESS_STATE_LOCK_TIMEOUT",
+        description="Seconds to wait for a locked or silent state store before doing without it",
+    )
+    state_retry_interval: PositiveFloat = Field(
+        default=30.0,
+        validation_alias="ROBUSTNESS_STATE_RETRY_INTERVAL",
+        description="Seconds between two tries to get back to a state store that was given up",
+    )
+
+    @field_validator("state_url")
+    @classmethod
+    def _is_supported_url(cls, url: str | None) -> str | None:
+        if url is not None:
+            try:
+                backend = make_url(url).get_backend_name()
+            except ArgumentError:
+                raise ValueError("should be an SQLAlchemy URL") from None
+            if backend not in ("sqlite", "postgresql"):
+                raise ValueError(f"should be an SQLite or PostgreSQL URL, not {backend}")
+        return url
+
+    @model_validator(mode="after")
+    def _bounds_are_in_order(self) -> Self:
+        if self.timeout_floor > self.timeout_max_delay:
+            raise ValueError(
+                f"ROBUSTNESS_TIMEOUT_FLOOR={self.timeout_floor:g} should not be above "
+                f"TIMEOUT_MAX_DELAY={self.timeout_max_delay:g}"
+            )
+        if self.timeout_base_delay > self.timeout_max_delay:
+            raise ValueError(
+                f"TIMEOUT_BASE_DELAY={self.timeout_base_delay:g} should not be above "
+                f"TIMEOUT_MAX_DELAY={self.timeout_max_delay:g}"
+            )
+        return self
+
+
+@cache
+def get_settings() -> RobustnessSettings:
+    """Return the process's settings, read from the environment once.
+
+    `get_settings.cache_clear()` makes the next call read it again.
+
+    Raises
+    ------
+    RobustnessSettingsError
+        If variables have values that do not fit; the message names all of them.
+    """
+    try:
+        return RobustnessSettings()
+    except ValidationError as error:
+        # The values are not repeated: a database URL may hold a password.
+        problems = [
+            ": ".join([*map(str, problem["loc"]), problem["msg"]])
+            for problem in error.errors(include_url=False, include_input=False)
+        ]
+        raise RobustnessSettingsError(
+            "Unusable environment variables:\n" + "\n".join(f"  {line}" for line in problems)
+        ) from None

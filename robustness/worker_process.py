@@ -1,0 +1,223 @@
+"""What runs inside a worker process of a `robustness.worker_pool.WorkerPool`."""
+
+import os
+import pickle
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum, auto
+from multiprocessing.connection import Connection
+from typing import Any, NamedTuple, Self
+
+from robustness.memory import offer_to_oom_killer
+
+if sys.platform != "win32":
+    import fcntl
+
+
+def pickled(value: object) -> bytes:
+    """Pickle in the newest protocol: large arrays are copied once."""
+    return pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+
+
+class RemoteError(Exception):
+    """Stands for an exception of a worker that cannot be sent to another process.
+
+    Parameters
+    ----------
+    type_name : str
+        Full name of its class, for instance ``package.module.SomeError``.
+    message : str
+        Its text.
+    """
+
+    def __init__(self, type_name: str, message: str) -> None:
+        super().__init__(type_name, message)
+        self.type_name = type_name
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"{self.type_name}: {self.message}"
+
+
+@dataclass(frozen=True)
+class RaisedError:
+    """An exception on its way to the parent, with the chain of exceptions behind it.
+
+    Pickling alone would lose the chain and the traceback.
+    """
+
+    links: tuple[tuple[bytes, bool], ...]
+    """Pickled exceptions, newest first, each with whether the next is its explicit cause."""
+    traceback: str
+
+    @classmethod
+    def pack(cls, error: BaseException) -> Self:
+        """Make `error` ready to be sent."""
+        links: list[tuple[bytes, bool]] = []
+        seen: set[int] = set()
+        link: BaseException | None = error
+        while link is not None and id(link) not in seen:
+            seen.add(id(link))
+            links.append((_sendable(link), link.__cause__ is not None))
+            link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
+        text = "".join(traceback.format_exception(error))
+        return cls(tuple(links), f"In worker process {os.getpid()}:\n{text}")
+
+    def unpack(self) -> BaseException:
+        """Return the exception, chained as it was, its traceback in the worker as a note."""
+        error: BaseException | None = None
+        for data, is_cause in reversed(self.links):
+            later: BaseException = pickle.loads(data)
+            if is_cause:
+                later.__cause__ = error
+            else:
+                later.__context__ = error
+            error = later
+        assert error is not None  # pack() always adds the exception itself
+        error.add_note(self.traceback)
+        return error
+
+
+def _sendable(error: BaseException) -> bytes:
+    """Pickle an exception, or a stand-in if it would not arrive as it is."""
+    try:
+        data = pickled(error)
+        copy = pickle.loads(data)
+        faithful = type(copy) is type(error) and str(copy) == str(error)
+    except Exception:  # noqa: BLE001 - whatever an exception's own constructor does
+        faithful = False
+    # SystemExit and its like are not to be raised in the parent.
+    if faithful and isinstance(error, Exception):
+        return data
+    kind = type(error)
+    return pickled(RemoteError(f"{kind.__module__}.{kind.__qualname__}", str(error)))
+
+
+class Kind(Enum):
+    """What a message from a worker tells."""
+
+    READY = auto()
+    STARTED = auto()
+    STAGE = auto()
+    RESULT = auto()
+    ERROR = auto()
+
+
+class Message(NamedTuple):
+    """A message from a worker; the payload is a stage's name, a result, or a `RaisedError`."""
+
+    kind: Kind
+    payload: Any = None
+
+
+class Request(NamedTuple):
+    """A task for a worker; `stages` is None if it may report any."""
+
+    fn: Callable[..., object]
+    args: tuple[object, ...]
+    stages: tuple[str, ...] | None
+
+
+_report: Callable[[str], None] | None = None
+
+
+def report_stage(name: str) -> None:
+    """Tell the pool that the task running in this worker enters a stage.
+
+    The stage's deadline starts now, anew each time it is entered. Outside a worker this does
+    nothing, so that functions which report stages can be called directly.
+
+    Parameters
+    ----------
+    name : str
+        The stage.
+
+    Raises
+    ------
+    ValueError
+        If the task was submitted with other stages.
+    """
+    if _report is not None:
+        _report(name)
+
+
+def worker_main(
+    connection: Connection,
+    lifeline: Connection,
+    initializer: Callable[..., object] | None,
+    initargs: tuple[object, ...],
+) -> None:
+    """Serve tasks until the parent closes the connection.
+
+    Parameters
+    ----------
+    connection : Connection
+        `Request` objects come in, `Message` objects go out.
+    lifeline : Connection
+        Reading end of a pipe that the parent alone holds open: this process dies with it.
+    initializer, initargs
+        Called first, if given.
+    """
+    _die_with(lifeline)
+    # The terminal sends Ctrl-C to the whole process group; the parent decides what follows.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    offer_to_oom_killer()
+    try:
+        if initializer is not None:
+            initializer(*initargs)
+    except BaseException as error:  # noqa: BLE001 - the parent has to hear of it
+        connection.send_bytes(pickled(Message(Kind.ERROR, RaisedError.pack(error))))
+        return
+    connection.send_bytes(pickled(Message(Kind.READY)))
+    while True:
+        try:
+            data = connection.recv_bytes()
+        except EOFError:
+            return
+        connection.send_bytes(pickled(Message(Kind.STARTED)))
+        connection.send_bytes(_serve(connection, data))
+
+
+def _serve(connection: Connection, data: bytes) -> bytes:
+    """Run a pickled `Request` and return the pickled `Message` that answers it."""
+    global _report
+    try:
+        request: Request = pickle.loads(data)
+
+        def report(name: str) -> None:
+            if request.stages is not None and name not in request.stages:
+                raise ValueError(f"the task has the stages {request.stages}, not {name!r}")
+            connection.send_bytes(pickled(Message(Kind.STAGE, name)))
+
+        _report = report
+        return pickled(Message(Kind.RESULT, request.fn(*request.args)))
+    except BaseException as error:  # noqa: BLE001 - a task may not end its worker by raising
+        return pickled(Message(Kind.ERROR, RaisedError.pack(error)))
+    finally:
+        _report = None
+
+
+def _die_with(lifeline: Connection) -> None:
+    """Have this process killed when the other end of `lifeline` is closed."""
+    if sys.platform == "linux":
+        # The kernel sends the signal, so it needs nothing from this process, which may hang
+        # holding the interpreter lock.
+        descriptor = lifeline.fileno()
+        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
+        if lifeline.poll():  # closed before the kernel was asked
+            os._exit(1)
+    else:
+        threading.Thread(target=_exit_after, args=(lifeline,), daemon=True).start()
+
+
+def _exit_after(lifeline: Connection) -> None:
+    """Exit when the other end of `lifeline` is closed."""
+    lifeline.poll(None)
+    os._exit(1)

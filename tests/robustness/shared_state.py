@@ -1,0 +1,63 @@
+"""Databases and processes for tests of what many processes share."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+
+from robustness.state import StateStore, metadata
+
+POSTGRES_URL = "ROBUSTNESS_TEST_POSTGRES_URL"
+
+processes = multiprocessing.get_context("fork")
+"""Children start with all modules loaded, so that they race for the database at once."""
+
+
+def empty_database(backend: str, directory: Path) -> Iterator[str]:
+    """Yield the URL of a database without tables; PostgreSQL if the environment names one."""
+    if backend == "sqlite":
+        yield f"sqlite:///{directory / 'robustness.db'}"
+        return
+    url = os.environ.get(POSTGRES_URL)
+    if url is None:
+        pytest.skip(f"{POSTGRES_URL} is not set")
+    engine = sa.create_engine(url, poolclass=sa.NullPool)
+    drop_tables(engine)
+    yield url
+    drop_tables(engine)
+
+
+def drop_tables(engine: sa.Engine) -> None:
+    with engine.begin() as connection:
+        metadata.drop_all(connection)
+        connection.execute(sa.text("DROP TABLE IF EXISTS alembic_version"))
+
+
+def run_in_processes(count: int, function: Callable[..., None], *args: object) -> None:
+    """Run a function in several processes at once; fail if it fails in any of them."""
+    children = [processes.Process(target=function, args=args) for _ in range(count)]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * count
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    """Wait for what another process or thread brings about."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.01)
+
+
+def rows_of(store: StateStore, table: sa.Table) -> list[dict[str, object]]:
+    """Return a table's rows in the order they were made."""
+    query = sa.select(table)
+    if "id" in table.c:
+        query = query.order_by(table.c.id)
+    return store.query(lambda c: [dict(row) for row in c.execute(query).mappings()])

@@ -1,0 +1,139 @@
+"""The Dagster adapter in real runs, with both executors."""
+
+import copy
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+
+import cloudpickle
+import pytest
+from dagster import (
+    DagsterEventType,
+    DagsterInstance,
+    JobExecutionResult,
+    RetryPolicy,
+    execute_job,
+    reconstructable,
+)
+
+from robustness.dagster import SmartRetryPolicy
+from robustness.settings import get_settings
+from robustness.smart_retry import JITTER, RetryStrategy, get_retry_manager, set_testing
+from robustness.state import reset_state_store
+from tests.robustness import dagster_jobs
+
+
+@pytest.fixture
+def instance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[DagsterInstance]:
+    """An instance in a home of its own, whose state store starts empty, with short waits."""
+    (tmp_path / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    get_settings.cache_clear()
+    reset_state_store()
+    get_retry_manager.cache_clear()
+    with DagsterInstance.from_config(str(tmp_path)) as instance:
+        yield instance
+    monkeypatch.undo()
+    get_settings.cache_clear()
+    reset_state_store()
+    get_retry_manager.cache_clear()
+
+
+def run(job: str, fault: str, instance: DagsterInstance, tmp_path: Path) -> JobExecutionResult:
+    config = {"path": str(tmp_path / "trace"), "fault": fault}
+    return execute_job(
+        reconstructable(getattr(dagster_jobs, job)),
+        instance=instance,
+        run_config={"ops": {"work": {"config": config}}},
+    )
+
+
+def attempts(tmp_path: Path) -> int:
+    return len((tmp_path / "trace").read_text().splitlines())
+
+
+def waits(result: JobExecutionResult) -> list[float]:
+    return [
+        event.step_retry_data.seconds_to_wait or 0.0
+        for event in result.all_events
+        if event.event_type is DagsterEventType.STEP_UP_FOR_RETRY
+    ]
+
+
+def messages(result: JobExecutionResult, instance: DagsterInstance) -> str:
+    return "\n".join(entry.user_message for entry in instance.all_logs(result.run_id))
+
+
+@pytest.mark.parametrize("job", ["in_process", "multiprocess"])
+class TestBothExecutors:
+    def test_the_manager_sets_the_delays(
+        self, job: str, instance: DagsterInstance, tmp_path: Path
+    ) -> None:
+        result = run(job, "flaky", instance, tmp_path)
+        assert result.success
+        assert attempts(tmp_path) == 3
+        assert len(waits(result)) == 2
+        assert all(1 - JITTER <= wait <= 1 for wait in waits(result))
+
+    def test_a_failure_that_forbids_retries_is_final(
+        self, job: str, instance: DagsterInstance, tmp_path: Path
+    ) -> None:
+        assert not run(job, "forbidden", instance, tmp_path).success
+        assert attempts(tmp_path) == 1
+
+    def test_what_is_not_retryable_is_not_retried(
+        self, job: str, instance: DagsterInstance, tmp_path: Path
+    ) -> None:
+        result = run(job, "defect", instance, tmp_path)
+        assert not result.success
+        assert attempts(tmp_path) == 1
+        (failure,) = result.get_step_failure_events()
+        error = failure.step_failure_data.error
+        assert error is not None
+        assert "the same every time" in error.to_string()
+        data = failure.step_failure_data.user_failure_data
+        assert data is not None
+        assert "the same every time" in (data.description or "")
+
+    def test_an_open_breaker_is_waited_for(
+        self, job: str, instance: DagsterInstance, tmp_path: Path
+    ) -> None:
+        result = run(job, "open breaker", instance, tmp_path)
+        assert result.success
+        assert attempts(tmp_path) == 2
+
+
+def test_crash_of_the_step_is_retried(instance: DagsterInstance, tmp_path: Path) -> None:
+    result = run("multiprocess", "crash", instance, tmp_path)
+    assert result.success
+    assert attempts(tmp_path) == 2
+    assert waits(result)[0] >= 1 - JITTER
+
+
+def test_interrupted_step_is_not_retried(instance: DagsterInstance, tmp_path: Path) -> None:
+    assert not run("in_process", "terminated", instance, tmp_path).success
+    assert attempts(tmp_path) == 1
+
+
+def test_logs_and_transitions_reach_the_run(instance: DagsterInstance, tmp_path: Path) -> None:
+    result = run("in_process", "logs", instance, tmp_path)
+    log = messages(result, instance)
+    assert "seen in the run [file=a.flac, attempt=1]" in log
+    assert "logging test" in log
+    assert "not seen in the run" not in log
+
+
+@pytest.mark.parametrize("module", [pickle, cloudpickle])
+def test_pickled_policy_is_the_same(module: object) -> None:
+    policy = SmartRetryPolicy(max_retries=5, strategy="fibonacci", operation="mfcc")
+    for other in (module.loads(module.dumps(policy)), copy.deepcopy(policy)):  # type: ignore[attr-defined]
+        assert isinstance(other, SmartRetryPolicy)
+        assert isinstance(other, RetryPolicy)
+        assert other.max_retries == 5
+        assert other.strategy is RetryStrategy.FIBONACCI
+        assert other.operation == "mfcc"
+
+
+def test_waits_can_be_made_instant() -> None:
+    with set_testing(True):
+        assert SmartRetryPolicy(strategy="constant").calculate_delay(1) == 0

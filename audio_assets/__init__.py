@@ -1,0 +1,1 @@
+"""Audio features of whole music libraries, as Dagster assets."""

@@ -1,0 +1,87 @@
+"""Harmonic pitch class profile and tuning."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from audio_assets.audio import SAMPLE_RATE, Audio, Samples
+from audio_assets.features.base import Column, FeatureSet, Row
+from audio_assets.features.essentia_library import essentia, per_frame
+from audio_assets.features.statistics import is_silent, mean_and_std, pool_moments, weighted_mean
+
+FRAME_SIZE = 4096
+HOP_SIZE = 2048
+LOWEST_HZ = 40.0
+HIGHEST_HZ = 5000.0
+MAGNITUDE_THRESHOLD = 1e-5
+
+_SEMITONES_FROM_C_TO_A = 9
+
+
+def _extract(audio: Audio) -> Row:
+    samples = audio.mono()
+    if is_silent(samples):
+        return {"mean": None, "std": None, "tuning_hz": None}
+    library = essentia()
+    window, spectrum = library.Windowing(type="blackmanharris62"), library.Spectrum()
+    peaks = library.SpectralPeaks(
+        orderBy="magnitude",
+        magnitudeThreshold=MAGNITUDE_THRESHOLD,
+        minFrequency=LOWEST_HZ,
+        maxFrequency=HIGHEST_HZ,
+    )
+    hpcp, tuning = library.HPCP(), library.TuningFrequency()
+
+    def describe(frame: Samples) -> Samples:
+        frequencies, magnitudes = peaks(spectrum(window(frame)))
+        tuning_hz, _ = tuning(frequencies, magnitudes)
+        return np.append(hpcp(frequencies, magnitudes), tuning_hz)
+
+    frames = per_frame(samples, FRAME_SIZE, HOP_SIZE, describe)
+    mean, std = mean_and_std(frames[:, :-1])
+    # The estimate of each frame rests on all frames up to it.
+    return {"mean": mean, "std": std, "tuning_hz": float(frames[-1, -1])}
+
+
+def _extract_alternative(audio: Audio) -> Row:
+    import librosa
+
+    samples = audio.mono()
+    if is_silent(samples):
+        return {"mean": None, "std": None, "tuning_hz": None}
+    spectrum = np.abs(librosa.stft(samples, n_fft=FRAME_SIZE, hop_length=HOP_SIZE))
+    pitches, magnitudes = librosa.piptrack(
+        S=spectrum, sr=SAMPLE_RATE, fmin=LOWEST_HZ, fmax=HIGHEST_HZ
+    )
+    strong = magnitudes > np.median(magnitudes[magnitudes > 0]) if magnitudes.any() else pitches > 0
+    tuning = librosa.pitch_tuning(pitches[strong]) if strong.any() else 0.0
+    chroma = librosa.feature.chroma_stft(S=spectrum**2, sr=SAMPLE_RATE, tuning=tuning)
+    mean, std = mean_and_std(np.roll(chroma, -_SEMITONES_FROM_C_TO_A, axis=0).T)
+    return {"mean": mean, "std": std, "tuning_hz": 440.0 * 2 ** (float(tuning) / 12)}
+
+
+def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
+    return pool_moments(rows, durations, "mean", "std") | {
+        "tuning_hz": weighted_mean((row["tuning_hz"] for row in rows), durations)
+    }
+
+
+FEATURE_SET = FeatureSet(
+    name="chroma",
+    description=(
+        "Harmonic pitch class profile (Gómez, 2006) of frames of 4096 samples every 2048 samples "
+        "at 44.1 kHz, each frame's largest bin scaled to 1: mean and standard deviation over the "
+        "track, from A upwards. Tuning by the histogram of the peaks' deviations from equal "
+        "temperament (Gómez, 2005). NULL for silence. Analysis in blocks averages the tuning."
+    ),
+    columns=(
+        Column("mean", "FLOAT[12]", "Mean of each pitch class, A first (A, A#, ... G#), 0 to 1"),
+        Column("std", "FLOAT[12]", "Standard deviation of each pitch class, A first, 0 to 0.5"),
+        Column("tuning_hz", "DOUBLE", "Frequency of the tuning tone A, 427 to 457", "Hz"),
+    ),
+    extract=_extract,
+    extract_alternative=_extract_alternative,
+    combine=_combine,
+    headline="tuning_hz",
+    plotted=("tuning_hz",),
+)

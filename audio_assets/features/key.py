@@ -1,0 +1,157 @@
+"""Musical key."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from audio_assets.audio import SAMPLE_RATE, Audio, Samples
+from audio_assets.features.base import Column, FeatureSet, Row
+from audio_assets.features.essentia_library import essentia
+from audio_assets.features.statistics import is_silent, weighted_mean
+
+SECOND_PROFILE = "temperley"
+
+_TONICS = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
+_SHORTEST = 4096
+
+# The alternative's key profiles from the tonic, major and minor.
+_PROFILES = {
+    "krumhansl": (
+        (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88),
+        (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17),
+    ),
+    "temperley": (
+        (5.0, 2.0, 3.5, 2.0, 4.5, 4.0, 2.0, 4.5, 2.0, 3.5, 1.5, 4.0),
+        (5.0, 2.0, 3.5, 4.5, 2.0, 4.0, 2.0, 4.5, 3.5, 2.0, 1.5, 4.0),
+    ),
+}
+
+
+def camelot(key: str, scale: str) -> str:
+    """Return a key's place on the Camelot wheel, for instance ``8B`` for C major.
+
+    Parameters
+    ----------
+    key : str
+        Tonic, one of C, C#, D, Eb, E, F, F#, G, Ab, A, Bb, B.
+    scale : str
+        ``major`` or ``minor``.
+    """
+    tonic = _TONICS.index(key)
+    major_tonic = (tonic + 3) % 12 if scale == "minor" else tonic
+    # A fifth up is one step round the wheel, and seven semitones are their own inverse modulo 12.
+    number = (major_tonic * 7 + 7) % 12 + 1
+    return f"{number}{'A' if scale == 'minor' else 'B'}"
+
+
+def _extract(audio: Audio) -> Row:
+    samples = audio.mono()
+    if is_silent(samples):
+        return _row(None, None)
+    library = essentia()
+    return _row(
+        library.KeyExtractor()(samples), library.KeyExtractor(profileType=SECOND_PROFILE)(samples)
+    )
+
+
+def _extract_alternative(audio: Audio) -> Row:
+    import librosa
+
+    samples = audio.mono()
+    if is_silent(samples):
+        return _row(None, None)
+    chroma = librosa.feature.chroma_stft(
+        y=_padded(samples), sr=SAMPLE_RATE, n_fft=8192, hop_length=4096, tuning=None
+    ).mean(axis=1)
+    return _row(_correlate(chroma, "krumhansl"), _correlate(chroma, "temperley"))
+
+
+def _padded(samples: Samples) -> Samples:
+    return np.pad(samples, (0, max(0, 2 * _SHORTEST - len(samples))))
+
+
+def _correlate(chroma: Samples, profile: str) -> tuple[str, str, float]:
+    """Return the key whose profile correlates best with a mean chroma vector from C."""
+    best = ("C", "major", -2.0)
+    for scale, values in zip(("major", "minor"), _PROFILES[profile], strict=True):
+        for shift, tonic in enumerate(_TONICS):
+            strength = float(np.corrcoef(np.roll(values, shift), chroma)[0, 1])
+            if strength > best[2]:
+                best = (tonic, scale, strength)
+    return best
+
+
+def _row(first: tuple[str, str, float] | None, second: tuple[str, str, float] | None) -> Row:
+    # A signal without pitch correlates with nothing: Essentia then says A minor at strength 0.
+    key, scale, strength = first if first and first[2] > 0 else (None, None, None)
+    second_key, second_scale, second_strength = (
+        second if second and second[2] > 0 else (None, None, None)
+    )
+    return {
+        "key": key,
+        "scale": scale,
+        "strength": strength,
+        "camelot": camelot(key, scale) if key and scale else None,
+        "second_key": second_key,
+        "second_scale": second_scale,
+        "second_strength": second_strength,
+    }
+
+
+def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
+    return _row(_vote(rows, durations, ""), _vote(rows, durations, "second_"))
+
+
+def _vote(
+    rows: Sequence[Row], durations: Sequence[float], prefix: str
+) -> tuple[str, str, float] | None:
+    """Elect a key; each block votes with its duration times its strength."""
+    votes: defaultdict[tuple[str, str], float] = defaultdict(float)
+    for row, duration in zip(rows, durations, strict=True):
+        if row[f"{prefix}key"] is not None:
+            winner = (row[f"{prefix}key"], row[f"{prefix}scale"])
+            votes[winner] += duration * row[f"{prefix}strength"]
+    if not votes:
+        return None
+    key, scale = max(votes, key=votes.__getitem__)
+    strength = weighted_mean(
+        (
+            row[f"{prefix}strength"]
+            if (row[f"{prefix}key"], row[f"{prefix}scale"]) == (key, scale)
+            else None
+            for row in rows
+        ),
+        durations,
+    )
+    return key, scale, strength or 0.0
+
+
+FEATURE_SET = FeatureSet(
+    name="key",
+    description=(
+        "Musical key by correlation of the harmonic pitch class profile with key profiles "
+        "(Gómez, 2006), with the profile bgate of Faraldo et al. (ECIR 2016); and by the profile "
+        "of Temperley (2001) as a second opinion. The alternative puts the profile of Krumhansl "
+        "and Kessler (1982) in the place of bgate. NULL for silence. Analysis in blocks elects "
+        "the key, each block voting with its duration times its strength."
+    ),
+    columns=(
+        Column("key", "VARCHAR", "Tonic: C, C#, D, Eb, E, F, F#, G, Ab, A, Bb, B"),
+        Column("scale", "VARCHAR", "major or minor"),
+        Column("strength", "DOUBLE", "Correlation with the key's profile, -1 to 1"),
+        Column(
+            "camelot",
+            "VARCHAR",
+            "Place on the Camelot wheel, 1A to 12B; neighbours mix well",
+        ),
+        Column("second_key", "VARCHAR", "Tonic under the second profile"),
+        Column("second_scale", "VARCHAR", "Scale under the second profile"),
+        Column("second_strength", "DOUBLE", "Correlation under the second profile, -1 to 1"),
+    ),
+    extract=_extract,
+    extract_alternative=_extract_alternative,
+    combine=_combine,
+    headline="key",
+    plotted=("strength", "second_strength"),
+)

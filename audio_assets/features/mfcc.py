@@ -1,0 +1,84 @@
+"""Mel-frequency cepstral coefficients."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from audio_assets.audio import SAMPLE_RATE, Audio, Samples
+from audio_assets.features.base import Column, FeatureSet, Row
+from audio_assets.features.essentia_library import essentia, per_frame
+from audio_assets.features.statistics import mean_and_std, pool_moments
+
+FRAME_SIZE = 2048
+HOP_SIZE = 1024
+COEFFICIENTS = 13
+BANDS = 40
+HIGHEST_HZ = 11000.0
+SILENCE = 1e-10
+
+
+def _extract(audio: Audio) -> Row:
+    library = essentia()
+    window, spectrum, mfcc = library.Windowing(), library.Spectrum(), library.MFCC()
+
+    def describe(frame: Samples) -> Samples:
+        _, coefficients = mfcc(spectrum(window(frame)))
+        return coefficients  # type: ignore[no-any-return]
+
+    mean, std = mean_and_std(per_frame(audio.mono(), FRAME_SIZE, HOP_SIZE, describe))
+    return {"mean": mean, "std": std}
+
+
+def _extract_alternative(audio: Audio) -> Row:
+    import librosa
+    import scipy.fft
+
+    window = np.hanning(FRAME_SIZE)
+    # Essentia scales its windows to a sum of 2.
+    window *= 2 / window.sum()
+    mel = librosa.feature.melspectrogram(
+        y=audio.mono(),
+        sr=SAMPLE_RATE,
+        n_fft=FRAME_SIZE,
+        hop_length=HOP_SIZE,
+        window=window,
+        power=2.0,
+        n_mels=BANDS,
+        fmin=0.0,
+        fmax=HIGHEST_HZ,
+        htk=True,
+        norm=1,
+    )
+    level = 20 * np.log10(np.maximum(mel, SILENCE))
+    coefficients = scipy.fft.dct(level, axis=0, type=2, norm="ortho")[:COEFFICIENTS]
+    mean, std = mean_and_std(coefficients.T)
+    return {"mean": mean, "std": std}
+
+
+def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
+    return pool_moments(rows, durations, "mean", "std")
+
+
+FEATURE_SET = FeatureSet(
+    name="mfcc",
+    description=(
+        "Mel-frequency cepstral coefficients (Davis and Mermelstein, 1980; the 40-band filter "
+        "bank of Ganchev et al., 2005) of frames of 2048 samples every 1024 samples at "
+        "44.1 kHz: mean and standard deviation over the track."
+    ),
+    columns=(
+        Column(
+            "mean",
+            "FLOAT[13]",
+            "Mean of each coefficient; the first follows the level (about -1100 for silence), the "
+            "others stay within about ±300",
+            "dB",
+        ),
+        Column("std", "FLOAT[13]", "Standard deviation of each coefficient, ≥ 0", "dB"),
+    ),
+    extract=_extract,
+    extract_alternative=_extract_alternative,
+    combine=_combine,
+    headline="mean",
+    plotted=(),
+)

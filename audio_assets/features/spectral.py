@@ -1,0 +1,166 @@
+"""Shape of the spectrum."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from audio_assets.audio import SAMPLE_RATE, Audio, Samples
+from audio_assets.features.base import Column, FeatureSet, Row
+from audio_assets.features.essentia_library import Frames, essentia, per_frame
+from audio_assets.features.statistics import is_silent, mean_and_std, pool_moments
+
+FRAME_SIZE = 2048
+HOP_SIZE = 1024
+
+_SCALARS = ("centroid", "rolloff", "spread", "flux", "flatness", "zero_crossing_rate")
+_NYQUIST = SAMPLE_RATE / 2
+_ROLLOFF_SHARE = 0.85
+_FLATNESS_FLOOR_DB = -60.0
+
+# Zwicker's critical bands, in Hz.
+_BARK_EDGES = (
+    *(0, 50, 100, 150, 200, 300, 400, 510, 630, 770, 920, 1080, 1270, 1480, 1720, 2000, 2320),
+    *(2700, 3150, 3700, 4400, 5300, 6400, 7700, 9500, 12000, 15500, 20500),
+)
+
+# Bins at which Essentia divides 20 Hz to 11 kHz in six bands, part evenly and part by octaves.
+_CONTRAST_EDGES = (1, 16, 33, 59, 108, 221, 512)
+_CONTRAST_NEIGHBOURS = 0.4
+_SMALLEST = 1e-30
+
+
+def _extract(audio: Audio) -> Row:
+    samples = audio.mono()
+    if is_silent(samples):
+        return _silent_row()
+    library = essentia()
+    window, spectrum = library.Windowing(), library.Spectrum()
+    centroid = library.Centroid(range=_NYQUIST)
+    moments = library.CentralMoments(range=_NYQUIST)
+    rolloff, flux = library.RollOff(), library.Flux()
+    bark_bands, flatness = library.BarkBands(), library.FlatnessDB()
+    crossings = library.ZeroCrossingRate()
+    contrast = library.SpectralContrast(sampleRate=SAMPLE_RATE)
+
+    def describe(frame: Samples) -> list[float]:
+        magnitudes = spectrum(window(frame))
+        return [
+            centroid(magnitudes),
+            rolloff(magnitudes),
+            moments(magnitudes)[2] ** 0.5,
+            flux(magnitudes),
+            # Essentia gives the share of -60 dB.
+            _FLATNESS_FLOOR_DB * flatness(bark_bands(magnitudes)),
+            crossings(frame),
+            *contrast(magnitudes)[0],
+        ]
+
+    return _row(per_frame(samples, FRAME_SIZE, HOP_SIZE, describe))
+
+
+def _extract_alternative(audio: Audio) -> Row:
+    import librosa
+
+    samples = audio.mono()
+    if is_silent(samples):
+        return _silent_row()
+    window = np.hanning(FRAME_SIZE)
+    # Essentia scales its windows to a sum of 2.
+    window *= 2 / window.sum()
+    magnitudes = np.abs(librosa.stft(samples, n_fft=FRAME_SIZE, hop_length=HOP_SIZE, window=window))
+    previous = np.pad(magnitudes, ((0, 0), (1, 0)))[:, :-1]
+    bark_bins = np.rint(np.array(_BARK_EDGES) * FRAME_SIZE / SAMPLE_RATE).astype(int)
+    bark_bands = np.add.reduceat(magnitudes**2, bark_bins[:-1], axis=0)
+    flatness = librosa.feature.spectral_flatness(S=bark_bands, power=1.0, amin=_SMALLEST)
+    frames = np.vstack(
+        [
+            librosa.feature.spectral_centroid(S=magnitudes, sr=SAMPLE_RATE),
+            librosa.feature.spectral_rolloff(
+                S=magnitudes**2, sr=SAMPLE_RATE, roll_percent=_ROLLOFF_SHARE
+            ),
+            librosa.feature.spectral_bandwidth(S=magnitudes, sr=SAMPLE_RATE),
+            np.linalg.norm(magnitudes - previous, axis=0),
+            np.maximum(10 * np.log10(flatness), _FLATNESS_FLOOR_DB),
+            librosa.feature.zero_crossing_rate(
+                samples, frame_length=FRAME_SIZE, hop_length=HOP_SIZE
+            ),
+            _contrast(magnitudes),
+        ]
+    )
+    return _row(frames.T)
+
+
+def _contrast(magnitudes: Samples) -> Frames:
+    """Return the shape-based spectral contrast (Akkermans et al., 2009), shape (6, frames)."""
+    contrast = []
+    for low, high in pairwise(_CONTRAST_EDGES):
+        band = np.sort(magnitudes[low:high].astype(np.float64), axis=0)
+        neighbours = max(1, round(_CONTRAST_NEIGHBOURS * len(band)))
+        valley = band[:neighbours].mean(axis=0) + _SMALLEST
+        peak = band[-neighbours:].mean(axis=0) + _SMALLEST
+        contrast.append(-((peak / valley) ** (1 / np.log(band.mean(axis=0) + _SMALLEST))))
+    return np.array(contrast)
+
+
+def _row(frames: Frames) -> Row:
+    means, stds = frames.mean(axis=0), frames.std(axis=0)
+    row: Row = {}
+    for name, mean, std in zip(_SCALARS, means, stds, strict=False):
+        row[f"{name}_mean"], row[f"{name}_std"] = float(mean), float(std)
+    row["contrast_mean"], row["contrast_std"] = mean_and_std(frames[:, len(_SCALARS) :])
+    return row
+
+
+def _silent_row() -> Row:
+    return dict.fromkeys(column.name for column in FEATURE_SET.columns)
+
+
+def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
+    combined: Row = {}
+    for name in (*_SCALARS, "contrast"):
+        combined |= pool_moments(rows, durations, f"{name}_mean", f"{name}_std")
+    return combined
+
+
+def _columns() -> tuple[Column, ...]:
+    described = {
+        "centroid": ("Centre of gravity of the magnitude spectrum, 0 to 22050", "Hz"),
+        "rolloff": ("Frequency below which 85 % of the energy lies, 0 to 22050", "Hz"),
+        "spread": ("Bandwidth: standard deviation of the spectrum about its centroid", "Hz"),
+        "flux": ("L2 norm of the change of the magnitude spectrum between frames, ≥ 0", None),
+        "flatness": (
+            "Geometric over arithmetic mean of the energies of 27 Bark bands, -60 (tone) to 0",
+            "dB",
+        ),
+        "zero_crossing_rate": ("Share of samples at which the sign changes, 0 to 1", None),
+    }
+    columns = []
+    for name in _SCALARS:
+        description, unit = described[name]
+        columns += [
+            Column(f"{name}_mean", "DOUBLE", f"{description}; mean over frames", unit),
+            Column(f"{name}_std", "DOUBLE", f"{description}; standard deviation over frames", unit),
+        ]
+    contrast = "Shape-based spectral contrast of six bands from 20 Hz to 11 kHz, -1 (flat) to 0"
+    columns += [
+        Column("contrast_mean", "FLOAT[6]", f"{contrast}; mean over frames"),
+        Column("contrast_std", "FLOAT[6]", f"{contrast}; standard deviation over frames"),
+    ]
+    return tuple(columns)
+
+
+FEATURE_SET = FeatureSet(
+    name="spectral",
+    description=(
+        "Shape of the magnitude spectrum (Peeters, 2004; flux by Tzanetakis and Cook, 1999; "
+        "contrast by Akkermans, Serrà and Herrera, SMC 2009) of frames of 2048 samples every "
+        "1024 samples at 44.1 kHz: mean and standard deviation over the track. NULL for silence."
+    ),
+    columns=_columns(),
+    extract=_extract,
+    extract_alternative=_extract_alternative,
+    combine=_combine,
+    headline="centroid_mean",
+    plotted=("centroid_mean", "rolloff_mean", "flux_mean", "flatness_mean"),
+)

@@ -1,0 +1,391 @@
+"""Each feature set against the reference algorithms, its alternative, and hard inputs."""
+
+import itertools
+import math
+
+import essentia.standard as es
+import numpy as np
+import pytest
+
+from audio_assets.audio import SAMPLE_RATE, Audio, Samples
+from audio_assets.features import FEATURE_SETS, get_feature_set
+from audio_assets.features.base import FeatureSet, Row, check_row
+from audio_assets.features.key import camelot
+from tests.features.conftest import MakeAudio
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:librosa")
+
+PCM_SETS = [name for name, f in FEATURE_SETS.items() if f.reads_pcm and name != "musicnn"]
+
+
+def spectra(samples: Samples, frame: int, hop: int, window: str = "hann") -> list[Samples]:
+    windowing, spectrum = es.Windowing(type=window), es.Spectrum()
+    frames = es.FrameGenerator(samples, frameSize=frame, hopSize=hop)
+    return [spectrum(windowing(samples)) for samples in frames]
+
+
+def numbers(value: object) -> list[float]:
+    if isinstance(value, list):
+        return [float(part) for part in value]
+    return [float(value)] if isinstance(value, int | float) else []
+
+
+@pytest.fixture(scope="module", params=["music", "recording"])
+def audio(request: pytest.FixtureRequest, make_audio: MakeAudio, music: Samples) -> Audio:
+    if request.param == "music":
+        return make_audio(music)
+    recorded: Audio = request.getfixturevalue("recording")
+    return recorded
+
+
+class TestReference:
+    """The primary extractors give what the reference algorithm gives when called directly."""
+
+    def test_rhythm(self, audio: Audio) -> None:
+        row = get_feature_set("rhythm").extract(audio)
+        bpm, beats, confidence, _, _ = es.RhythmExtractor2013(method="multifeature")(audio.mono())
+        _, onset_rate = es.OnsetRate()(audio.mono())
+
+        assert row == {
+            "bpm": bpm,
+            "beat_confidence": confidence,
+            "beats_count": len(beats),
+            "beats": beats.tolist(),
+            "onset_rate": onset_rate,
+        }
+
+    def test_loudness(self, audio: Audio) -> None:
+        row = get_feature_set("loudness").extract(audio)
+        momentary, short_term, integrated, loudness_range = es.LoudnessEBUR128()(audio.stereo())
+        ten_seconds = audio.block(5, 15)
+        peaks = [
+            np.abs(es.TruePeakDetector()(np.ascontiguousarray(channel))[1]).max()
+            for channel in ten_seconds.pcm.T
+        ]
+        part = get_feature_set("loudness").extract(ten_seconds)
+
+        assert row["integrated_lufs"] == integrated
+        assert row["loudness_range_lu"] == loudness_range
+        assert row["momentary_max_lufs"] == momentary.max()
+        assert row["short_term_max_lufs"] == short_term.max()
+        assert row["dynamic_complexity_db"] == es.DynamicComplexity()(audio.mono())[0]
+        assert part["true_peak_dbtp"] == pytest.approx(20 * math.log10(max(peaks)), abs=1e-3)
+
+    def test_danceability(self, audio: Audio) -> None:
+        row = get_feature_set("danceability").extract(audio)
+        danceability, dfa = es.Danceability()(audio.mono())
+
+        assert row["danceability"] == pytest.approx(danceability, rel=1e-5)
+        assert row["dfa_exponents"] == dfa.tolist()
+
+    def test_key(self, audio: Audio) -> None:
+        row = get_feature_set("key").extract(audio)
+        second = es.KeyExtractor(profileType="temperley")(audio.mono())
+
+        assert (row["key"], row["scale"], row["strength"]) == es.KeyExtractor()(audio.mono())
+        assert (row["second_key"], row["second_scale"], row["second_strength"]) == second
+
+    def test_mfcc(self, audio: Audio) -> None:
+        row = get_feature_set("mfcc").extract(audio)
+        frames = np.array([es.MFCC()(s)[1] for s in spectra(audio.mono(), 2048, 1024)])
+
+        np.testing.assert_allclose(row["mean"], frames.mean(axis=0, dtype=np.float64), rtol=1e-6)
+        np.testing.assert_allclose(row["std"], frames.std(axis=0, dtype=np.float64), rtol=1e-6)
+
+    def test_chroma(self, audio: Audio) -> None:
+        row = get_feature_set("chroma").extract(audio)
+        peaks = es.SpectralPeaks(
+            orderBy="magnitude", magnitudeThreshold=1e-5, minFrequency=40, maxFrequency=5000
+        )
+        found = [peaks(s) for s in spectra(audio.mono(), 4096, 2048, "blackmanharris62")]
+        hpcp, tuning = es.HPCP(), es.TuningFrequency()
+        frames = np.array([hpcp(*peaks_of_frame) for peaks_of_frame in found])
+
+        np.testing.assert_allclose(row["mean"], frames.mean(axis=0, dtype=np.float64), rtol=1e-6)
+        np.testing.assert_allclose(row["std"], frames.std(axis=0, dtype=np.float64), rtol=1e-6)
+        assert row["tuning_hz"] == [tuning(*peaks_of_frame)[0] for peaks_of_frame in found][-1]
+
+    def test_spectral(self, audio: Audio) -> None:
+        row = get_feature_set("spectral").extract(audio)
+        found = spectra(audio.mono(), 2048, 1024)
+        flux = es.Flux()
+        shape = [es.DistributionShape()(es.CentralMoments(range=22050)(s)) for s in found]
+        expected = {
+            "centroid": [es.Centroid(range=22050)(s) for s in found],
+            "rolloff": [es.RollOff()(s) for s in found],
+            "spread": [spread**0.5 for spread, _, _ in shape],
+            "flux": [flux(s) for s in found],
+            "flatness": [-60 * es.FlatnessDB()(es.BarkBands()(s)) for s in found],
+            "zero_crossing_rate": [
+                es.ZeroCrossingRate()(frame)
+                for frame in es.FrameGenerator(audio.mono(), frameSize=2048, hopSize=1024)
+            ],
+            "contrast": [es.SpectralContrast(sampleRate=44100)(s)[0] for s in found],
+        }
+        for name, values in expected.items():
+            frames = np.array(values, np.float64)
+            np.testing.assert_allclose(row[f"{name}_mean"], frames.mean(axis=0), rtol=1e-5)
+            np.testing.assert_allclose(row[f"{name}_std"], frames.std(axis=0), rtol=1e-5)
+
+
+class TestAlternative:
+    """The alternative extractors measure the same thing in the same units."""
+
+    @staticmethod
+    def both(name: str, audio: Audio) -> tuple[Row, Row]:
+        feature_set = get_feature_set(name)
+        return feature_set.extract(audio), feature_set.extract_alternative(audio)
+
+    def test_rhythm(self, audio: Audio) -> None:
+        primary, alternative = self.both("rhythm", audio)
+
+        octaves = math.log2(alternative["bpm"] / primary["bpm"])
+        assert octaves == pytest.approx(round(octaves), abs=0.03)
+        assert len(alternative["beats"]) == alternative["beats_count"]
+        assert np.median(np.diff(alternative["beats"])) == pytest.approx(
+            60 / alternative["bpm"], rel=0.05
+        )
+        assert alternative["onset_rate"] == pytest.approx(primary["onset_rate"], rel=0.5)
+
+    def test_loudness(self, audio: Audio) -> None:
+        primary, alternative = self.both("loudness", audio)
+
+        # Essentia's K-weighting at 44.1 kHz reads up to 0.3 LU below that of BS.1770.
+        for name in ("integrated_lufs", "momentary_max_lufs", "short_term_max_lufs"):
+            assert alternative[name] == pytest.approx(primary[name], abs=0.4)
+        assert alternative["loudness_range_lu"] == pytest.approx(
+            primary["loudness_range_lu"], abs=0.3
+        )
+        assert alternative["true_peak_dbtp"] == pytest.approx(primary["true_peak_dbtp"], abs=0.05)
+        assert alternative["dynamic_complexity_db"] == pytest.approx(
+            primary["dynamic_complexity_db"], abs=0.01
+        )
+
+    def test_danceability(self, audio: Audio) -> None:
+        primary, alternative = self.both("danceability", audio)
+
+        assert alternative["danceability"] == pytest.approx(primary["danceability"], rel=0.01)
+        np.testing.assert_allclose(
+            alternative["dfa_exponents"], primary["dfa_exponents"], atol=0.05
+        )
+
+    def test_key(self, audio: Audio) -> None:
+        primary, alternative = self.both("key", audio)
+
+        for name in ("key", "scale", "camelot", "second_key", "second_scale"):
+            assert alternative[name] == primary[name]
+
+    def test_mfcc(self, audio: Audio) -> None:
+        primary, alternative = self.both("mfcc", audio)
+
+        np.testing.assert_allclose(alternative["mean"], primary["mean"], rtol=0.01, atol=0.5)
+        np.testing.assert_allclose(alternative["std"], primary["std"], rtol=0.01, atol=0.5)
+
+    def test_chroma(self, audio: Audio) -> None:
+        primary, alternative = self.both("chroma", audio)
+
+        assert np.corrcoef(primary["mean"], alternative["mean"])[0, 1] > 0.8
+        assert np.argmax(primary["mean"]) == np.argmax(alternative["mean"])
+        cents = 1200 * math.log2(alternative["tuning_hz"] / primary["tuning_hz"])
+        assert abs(cents) < 15
+
+    def test_spectral(self, audio: Audio) -> None:
+        primary, alternative = self.both("spectral", audio)
+
+        for name in ("centroid", "rolloff", "spread", "flux", "flatness"):
+            assert alternative[f"{name}_mean"] == pytest.approx(primary[f"{name}_mean"], rel=0.01)
+            assert alternative[f"{name}_std"] == pytest.approx(primary[f"{name}_std"], rel=0.01)
+        np.testing.assert_allclose(
+            alternative["contrast_mean"], primary["contrast_mean"], atol=0.005
+        )
+        assert alternative["zero_crossing_rate_mean"] == pytest.approx(
+            primary["zero_crossing_rate_mean"], rel=0.02
+        )
+
+
+def test_known_music(make_audio: MakeAudio, music: Samples) -> None:
+    audio = make_audio(music)
+    rhythm = get_feature_set("rhythm").extract(audio)
+    key = get_feature_set("key").extract(audio)
+
+    assert rhythm["bpm"] == pytest.approx(120, abs=1)
+    assert (key["key"], key["scale"], key["camelot"]) == ("C", "major", "8B")
+
+
+def test_loudness_of_the_ebu_test_tone(make_audio: MakeAudio) -> None:
+    # EBU Tech 3341, test case 1: a stereo sine of 1 kHz at -23 dBFS measures -23 LUFS. In one
+    # channel alone, and so in a mono file, it measures 3.01 LU less.
+    time = np.arange(20 * SAMPLE_RATE) / SAMPLE_RATE
+    tone = 10 ** (-23 / 20) * np.sin(2 * np.pi * 1000 * time)
+    for extract in (
+        get_feature_set("loudness").extract,
+        get_feature_set("loudness").extract_alternative,
+    ):
+        stereo, mono = extract(make_audio(np.stack([tone, tone], 1))), extract(make_audio(tone))
+        assert stereo["integrated_lufs"] == pytest.approx(-23, abs=0.1)
+        assert mono["integrated_lufs"] == pytest.approx(-26.01, abs=0.1)
+        assert stereo["loudness_range_lu"] == pytest.approx(0, abs=0.1)
+        assert stereo["true_peak_dbtp"] == pytest.approx(-23, abs=0.01)
+
+
+def test_true_peak_lies_between_samples(make_audio: MakeAudio) -> None:
+    # A quarter of the sample rate at 45 degrees: samples at 0.707 of the peak.
+    tone = 0.5 * np.sin(2 * np.pi * np.arange(2 * SAMPLE_RATE) / 4 + np.pi / 4)
+    tone *= np.hanning(len(tone)) ** 0.1
+    row = get_feature_set("loudness").extract(make_audio(tone))
+
+    assert 20 * math.log10(np.abs(tone).max()) == pytest.approx(-9.03, abs=0.01)
+    assert row["true_peak_dbtp"] == pytest.approx(-6.02, abs=0.05)
+
+
+def test_chroma_starts_with_a(make_audio: MakeAudio) -> None:
+    time = np.arange(3 * SAMPLE_RATE) / SAMPLE_RATE
+    feature_set = get_feature_set("chroma")
+    for semitones in (0, 3, 11):
+        audio = make_audio(0.3 * np.sin(2 * np.pi * 440 * 2 ** (semitones / 12) * time))
+        assert np.argmax(feature_set.extract(audio)["mean"]) == semitones
+        assert np.argmax(feature_set.extract_alternative(audio)["mean"]) == semitones
+
+
+def test_camelot_wheel() -> None:
+    known = {"8B": ("C", "major"), "8A": ("A", "minor"), "12B": ("E", "major")}
+    known |= {"5A": ("C", "minor"), "1A": ("Ab", "minor"), "2B": ("F#", "major")}
+    assert {camelot(*key): key for key in known.values()} == known
+    tonics = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
+    wheel = {camelot(*key) for key in itertools.product(tonics, ("major", "minor"))}
+    assert wheel == {f"{number}{letter}" for number in range(1, 13) for letter in "AB"}
+
+
+def hard_inputs() -> dict[str, Samples]:
+    generator = np.random.default_rng(2)
+    minute = np.zeros((5 * SAMPLE_RATE, 2))
+    half = minute.copy()
+    half[: len(half) // 2] = 0.1 * generator.standard_normal((len(half) // 2, 2))
+    click = minute[:, 0].copy()
+    click[1000] = 1.0
+    return {
+        "silence": minute,
+        "one sample": np.full((1, 1), 0.5),
+        "50 ms": 0.1 * generator.standard_normal((2205, 2)),
+        "50 ms of silence": np.zeros((2205, 1)),
+        "half a second": 0.1 * generator.standard_normal((SAMPLE_RATE // 2, 1)),
+        "a constant": np.full((2 * SAMPLE_RATE, 1), 0.5),
+        "then silence": half,
+        "one click": click,
+        "under the last bit": 1e-7 * generator.standard_normal(2 * SAMPLE_RATE),
+        "far over full scale": 1e6 * generator.standard_normal((2 * SAMPLE_RATE, 2)),
+        "clipped": np.sign(generator.standard_normal((2 * SAMPLE_RATE, 2))),
+    }
+
+
+def assert_fits(feature_set: FeatureSet, row: Row) -> None:
+    check_row(feature_set, row)
+    for column in feature_set.columns:
+        value = row[column.name]
+        assert value is None or type(value) in (int, float, str, list), column.name
+        assert all(math.isfinite(number) for number in numbers(value)), column.name
+        if column.type.endswith("]") and not column.type.endswith("[]") and value is not None:
+            assert len(value) == int(column.type.split("[")[1][:-1]), column.name
+
+
+@pytest.mark.parametrize("kind", hard_inputs())
+@pytest.mark.parametrize("name", PCM_SETS)
+def test_hard_inputs_give_values_or_null(make_audio: MakeAudio, name: str, kind: str) -> None:
+    feature_set = get_feature_set(name)
+    audio = make_audio(hard_inputs()[kind])
+    for extract in (feature_set.extract, feature_set.extract_alternative):
+        assert_fits(feature_set, extract(audio))
+
+
+@pytest.mark.parametrize("name", PCM_SETS)
+def test_silence_has_no_values(make_audio: MakeAudio, name: str) -> None:
+    feature_set = get_feature_set(name)
+    audio = make_audio(np.zeros(3 * SAMPLE_RATE))
+    defined = {"beats_count": 0, "beats": [], "onset_rate": 0.0}
+    for extract in (feature_set.extract, feature_set.extract_alternative):
+        row = extract(audio)
+        if name == "mfcc":
+            # The cepstrum of a floor: level alone.
+            assert row["mean"][0] < -1000
+            assert row["mean"][1:] == pytest.approx([0] * 12, abs=0.01)
+        else:
+            assert row == {column: defined.get(column) for column in row}
+
+
+class TestBlocks:
+    """Rows of consecutive blocks join into the row of the file."""
+
+    @staticmethod
+    def combined(name: str, audio: Audio, seconds: float = 5.0) -> tuple[Row, Row]:
+        feature_set = get_feature_set(name)
+        starts = np.arange(0, audio.duration_s, seconds)
+        blocks = [audio.block(start, start + seconds) for start in starts]
+        rows = [feature_set.extract(block) for block in blocks]
+        row = feature_set.combine(rows, [block.duration_s for block in blocks])
+        assert_fits(feature_set, row)
+        return feature_set.extract(audio), row
+
+    @pytest.mark.parametrize("name", ["mfcc", "spectral", "chroma"])
+    def test_statistics_over_frames(self, name: str, make_audio: MakeAudio, music: Samples) -> None:
+        whole, joined = self.combined(name, make_audio(music))
+
+        for column, value in whole.items():
+            scale = np.abs(value).max()
+            np.testing.assert_allclose(joined[column], value, rtol=0.03, atol=0.05 * scale)
+
+    def test_loudness(self, make_audio: MakeAudio, music: Samples) -> None:
+        quiet_end = music * np.where(np.arange(len(music)) < len(music) // 2, 1, 0.5)[:, None]
+        whole, joined = self.combined("loudness", make_audio(quiet_end))
+
+        assert joined["integrated_lufs"] == pytest.approx(whole["integrated_lufs"], abs=0.2)
+        for column in ("momentary_max_lufs", "short_term_max_lufs", "true_peak_dbtp"):
+            assert joined[column] == pytest.approx(whole[column], abs=0.3)
+
+    def test_rhythm(self, make_audio: MakeAudio, music: Samples) -> None:
+        whole, joined = self.combined("rhythm", make_audio(music), 10.0)
+
+        assert joined["bpm"] == pytest.approx(whole["bpm"], abs=1)
+        assert joined["beats_count"] == len(joined["beats"])
+        assert joined["beats_count"] == pytest.approx(whole["beats_count"], abs=6)
+        beats = np.array(whole["beats"])
+        distances = [np.abs(beats - beat).min() for beat in joined["beats"]]
+        assert np.median(distances) < 0.05
+        assert max(joined["beats"]) > 11
+
+    def test_key_and_danceability(self, make_audio: MakeAudio, music: Samples) -> None:
+        whole, joined = self.combined("key", make_audio(music), 10.0)
+        assert (joined["key"], joined["scale"]) == (whole["key"], whole["scale"])
+        whole, joined = self.combined("danceability", make_audio(music), 10.0)
+        assert joined["danceability"] == pytest.approx(whole["danceability"], rel=0.2)
+
+    def test_votes_weigh_duration_and_strength(self) -> None:
+        blocks = [
+            {"key": key, "scale": "major", "strength": strength, "camelot": None}
+            | {"second_key": None, "second_scale": None, "second_strength": None}
+            for key, strength in (("C", 0.9), ("G", 0.5), ("G", 0.6), (None, None))
+        ]
+        row = get_feature_set("key").combine(blocks, [30.0, 30.0, 30.0, 300.0])
+
+        assert (row["key"], row["camelot"]) == ("G", "9B")
+        assert row["strength"] == pytest.approx(0.55)
+        assert row["second_key"] is None
+
+    @pytest.mark.parametrize("name", PCM_SETS)
+    def test_blocks_of_silence(self, name: str, make_audio: MakeAudio) -> None:
+        _, joined = self.combined(name, make_audio(np.zeros(10 * SAMPLE_RATE)))
+        assert joined == get_feature_set(name).extract(make_audio(np.zeros(10 * SAMPLE_RATE)))
+
+
+def test_feature_sets_are_whole() -> None:
+    assert set(FEATURE_SETS) == {
+        *("rhythm", "spectral", "loudness", "danceability", "key", "mfcc", "chroma"),
+        *("musicnn", "metadata"),
+    }
+    for name, feature_set in FEATURE_SETS.items():
+        columns = [column.name for column in feature_set.columns]
+        assert feature_set.name == name
+        assert len(set(columns)) == len(columns)
+        assert {feature_set.headline, *feature_set.plotted} <= set(columns)
+        assert all(column.description for column in feature_set.columns)
+    with pytest.raises(KeyError, match="rhythm"):
+        get_feature_set("rythm")

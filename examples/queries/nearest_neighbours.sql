@@ -1,0 +1,13 @@
+-- The five tracks that sound most alike to each track, by the cosine distance of their MusiCNN
+-- embeddings (0: same direction, 2: opposite). For one track only, filter a.file_key.
+SELECT
+    a.file_key,
+    b.file_key AS neighbour,
+    round(array_cosine_distance(a.embedding, b.embedding), 4) AS distance,
+    a.top_tag,
+    b.top_tag AS neighbour_tag
+FROM (FROM features.musicnn ORDER BY file_key LIMIT 100) AS a
+JOIN features.musicnn AS b ON a.file_key <> b.file_key
+WHERE a.embedding IS NOT NULL AND b.embedding IS NOT NULL
+QUALIFY row_number() OVER (PARTITION BY a.file_key ORDER BY distance, b.file_key) <= 5
+ORDER BY a.file_key, distance, neighbour;

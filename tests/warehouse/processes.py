@@ -1,0 +1,61 @@
+"""What the processes of the tests do; every one runs until it is killed."""
+
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import duckdb
+
+from audio_assets.warehouse.landing import LandingWriter
+from audio_assets.warehouse.queries import query
+from tests.warehouse.rows import attempt, file, landing_of, mfcc, publisher_of, rhythm
+
+CONSISTENT = """
+SELECT
+    (SELECT count(*) FROM features.rhythm) AS rows,
+    (SELECT count(DISTINCT file_key) FROM features.rhythm) AS files,
+    (SELECT count(*) FROM robustness.attempts AS a WHERE outcome = 'succeeded'
+        AND NOT EXISTS (FROM features.rhythm AS r WHERE r.file_key = a.file_key)) AS lies,
+    (SELECT coalesce(sum(cells_done), 0) FROM robustness.runs)
+        - (SELECT count(*) FROM robustness.attempts) AS off,
+    (SELECT version FROM publishing.version) AS version
+"""
+
+
+def write(root: Path, name: str, told: Connection) -> None:
+    """Write cells one after the other and tell the key of each once it is durable."""
+    writer = LandingWriter(landing_of(root), flush_seconds=0.02)
+    number = 0
+    while True:
+        key = f"{name}/{number}"
+        writer.write("features/rhythm", rhythm(key, run_id=name))
+        writer.write("features/mfcc", mfcc(key, run_id=name))
+        writer.write("robustness/attempts", attempt(key, run_id=name))
+        writer.write("library/files", file(key))
+        for table, row in writer.flush_if_due():
+            told.send((table, row["file_key"]))
+        number += 1
+
+
+def publish(root: Path, told: Connection) -> None:
+    """Publish again and again, telling each version."""
+    publisher = publisher_of(root)
+    while True:
+        told.send(publisher.publish().version)
+
+
+def ask(root: Path, told: Connection) -> None:
+    """Open, query and close the database again and again, telling each answer."""
+    while True:
+        told.send(query(root / "warehouse.duckdb", CONSISTENT).iloc[0].to_dict())
+
+
+def hold(root: Path, told: Connection) -> None:
+    """Hold one version open and tell what it holds, again and again."""
+    with duckdb.connect(str(root / "warehouse.duckdb"), read_only=True) as connection:
+        while True:
+            rows = connection.execute("FROM features.rhythm ORDER BY file_key").fetchall()
+            told.send(rows)
+
+
+Task = Callable[..., None]

@@ -1,0 +1,131 @@
+"""Analysing a library from the command line, through Dagster on the project's own instance."""
+
+import threading
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import dagster as dg
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+
+from audio_assets.assets import FORCE_TAG, audio_files
+from audio_assets.backlog import batches
+from audio_assets.definitions import defs
+from audio_assets.features import FEATURE_SETS
+from audio_assets.settings import get_settings
+
+JOB = "all_features"
+POLL_S = 0.5
+_PARTITIONS_PER_CALL = 500
+_PARTITION_NAME = str(audio_files.name)
+
+
+def register_files(instance: dg.DagsterInstance, file_keys: Sequence[str]) -> int:
+    """Add a partition for each file that has none yet, and return how many were added."""
+    known = set(instance.get_dynamic_partitions(_PARTITION_NAME))
+    new = [key for key in file_keys if key not in known]
+    for start in range(0, len(new), _PARTITIONS_PER_CALL):  # SQLite limits variables per query
+        instance.add_dynamic_partitions(_PARTITION_NAME, new[start : start + _PARTITIONS_PER_CALL])
+    return len(new)
+
+
+def run_batches(
+    instance: dg.DagsterInstance, file_keys: Sequence[str], console: Console, *, force: bool
+) -> None:
+    """Materialize every feature set of the files, in batches, with a progress bar.
+
+    Parameters
+    ----------
+    instance : DagsterInstance
+        Where runs and materializations are recorded.
+    file_keys : sequence of str
+        Registered files.
+    console : rich.console.Console
+        Where the progress bar goes.
+    force : bool
+        Compute also what is done and unchanged, or quarantined.
+    """
+    ranges = batches(
+        file_keys, instance.get_dynamic_partitions(_PARTITION_NAME), get_settings().batch_size
+    )
+    job = defs.resolve_job_def(JOB)
+    with _progress_bar(console) as progress:
+        task = progress.add_task("", total=len(file_keys) * len(FEATURE_SETS), speed=0.0)
+        for first, last, _ in ranges:
+            run_id = str(uuid.uuid4())
+            with _following(instance, run_id, progress, task):
+                job.execute_in_process(
+                    instance=instance,
+                    run_id=run_id,
+                    raise_on_error=False,
+                    run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+                    tags={
+                        "dagster/asset_partition_range_start": first,
+                        "dagster/asset_partition_range_end": last,
+                    }
+                    | ({FORCE_TAG: "true"} if force else {}),
+                )
+
+
+def _progress_bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("[bold]analysing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("cells · {task.fields[speed]:.1f}x real time ·"),
+        TimeRemainingColumn(),
+        TextColumn("left"),
+        console=console,
+    )
+
+
+@contextmanager
+def _following(
+    instance: dg.DagsterInstance, run_id: str, progress: Progress, task: TaskID
+) -> Iterator[None]:
+    """Move the bar while a run's events come in."""
+    ended = threading.Event()
+
+    def follow() -> None:
+        cursor = None
+        audio_s = 0.0
+        while True:
+            last_look = ended.wait(POLL_S)
+            connection = instance.get_records_for_run(
+                run_id,
+                cursor,
+                of_type={
+                    dg.DagsterEventType.ASSET_MATERIALIZATION,
+                    dg.DagsterEventType.ASSET_OBSERVATION,
+                },
+            )
+            cursor = connection.cursor
+            audio_s += sum(map(_audio_seconds, connection.records))
+            elapsed = progress.tasks[task].elapsed or 1.0
+            progress.update(
+                task, advance=len(connection.records), speed=audio_s / len(FEATURE_SETS) / elapsed
+            )
+            if last_look and not connection.has_more:
+                return
+
+    follower = threading.Thread(target=follow, name="progress")
+    follower.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        follower.join()
+
+
+def _audio_seconds(record: dg.EventLogRecord) -> float:
+    event = record.asset_materialization
+    value = event.metadata.get("audio_s") if event else None
+    return value.value or 0.0 if isinstance(value, dg.FloatMetadataValue) else 0.0

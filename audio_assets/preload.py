@@ -1,0 +1,11 @@
+"""What the workers' fork server imports once, so that a new worker starts in milliseconds."""
+
+import librosa
+import onnxruntime
+
+import audio_assets.worker
+from audio_assets.features.essentia_library import essentia
+
+__all__ = ["audio_assets", "librosa", "onnxruntime"]
+
+essentia()

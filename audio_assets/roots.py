@@ -1,0 +1,69 @@
+"""Which directories the library consists of."""
+
+import json
+from pathlib import Path
+
+from audio_assets.library import parse_roots
+from audio_assets.settings import get_settings
+
+
+def library_roots() -> dict[str, Path]:
+    """Return the roots by name: those of ``AUDIO_LIBRARY``, and those remembered.
+
+    Raises
+    ------
+    ValueError
+        If ``AUDIO_LIBRARY`` cannot be understood.
+    """
+    configured = get_settings().audio_library
+    return _remembered() | (parse_roots(configured) if configured else {})
+
+
+def remember_roots(library: str) -> dict[str, Path]:
+    """Add directories to the roots, so that Dagster's own processes know them too.
+
+    Parameters
+    ----------
+    library : str
+        Directories as in ``AUDIO_LIBRARY``; those known already keep their names.
+
+    Returns
+    -------
+    dict
+        The directories by name.
+
+    Raises
+    ------
+    ValueError
+        If `library` cannot be understood, or another root has the name of one of these.
+    """
+    roots = library_roots()
+    names = {root.resolve(): name for name, root in roots.items()}
+    chosen = {}
+    for name, directory in parse_roots(library).items():
+        root = directory.resolve()
+        chosen[names.get(root, name)] = root
+    for name, root in chosen.items():
+        if roots.get(name, root).resolve() != root:
+            raise ValueError(
+                f"{roots[name]} is already called {name!r}, and partition keys begin with the "
+                f"root's name: give {root} another one, as in '{name}-2={root}'"
+            )
+    path = _path()
+    partial = path.with_suffix(".partial")
+    everything = {name: str(root) for name, root in (_remembered() | chosen).items()}
+    partial.write_text(json.dumps(everything, indent=2), "utf-8")
+    partial.replace(path)
+    return chosen
+
+
+def _remembered() -> dict[str, Path]:
+    try:
+        roots = json.loads(_path().read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    return {name: Path(root) for name, root in roots.items()}
+
+
+def _path() -> Path:
+    return get_settings().dagster_home / "library_roots.json"

@@ -1,0 +1,75 @@
+"""Decoded audio that the feature sets of one run share."""
+
+import contextlib
+import fcntl
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+
+class Scratch:
+    """A bounded directory of decoded audio, one file per content, for one run.
+
+    What finds no room is decoded again by the next feature set that wants it; nothing ever
+    depends on a file being there. A lock marks the directory as in use, so that one left by a
+    killed run is removed by the next.
+
+    Parameters
+    ----------
+    root : Path
+        Directory of all runs' scratches.
+    run_id : str
+        The run.
+    limit_mib : float
+        Decoded audio kept between attempts (MiB).
+    """
+
+    def __init__(self, root: Path, run_id: str, limit_mib: float) -> None:
+        self._root = root
+        self._directory = root / run_id
+        self._limit = limit_mib * 2**20
+
+    def __enter__(self) -> Self:
+        self._root.mkdir(parents=True, exist_ok=True)
+        self._remove_abandoned()
+        self._directory.mkdir(exist_ok=True)
+        self._lock = (self._directory / ".lock").open("w")
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self._directory, ignore_errors=True)
+        self._lock.close()
+
+    def path_of(self, content_hash: str) -> Path:
+        """Return where the decoded audio of a file with this content is, or goes."""
+        return self._directory / f"{content_hash}.npy"
+
+    def trim(self, content_hash: str) -> None:
+        """Drop this content's audio if all that is kept together is over the limit."""
+        if self._used() > self._limit:
+            self.drop(content_hash)
+
+    def drop(self, content_hash: str) -> None:
+        """Remove what was decoded, or half decoded, of this content."""
+        for path in self._directory.glob(f"{content_hash}*"):
+            path.unlink(missing_ok=True)
+
+    def _used(self) -> int:
+        used = 0
+        for path in self._directory.iterdir():
+            with contextlib.suppress(FileNotFoundError):  # a worker renames what it has finished
+                used += path.stat().st_size
+        return used
+
+    def _remove_abandoned(self) -> None:
+        for lock in self._root.glob("*/.lock"):
+            with contextlib.suppress(OSError), lock.open("r+") as handle:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)

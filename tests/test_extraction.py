@@ -1,0 +1,227 @@
+"""What faults cost: each is real, and each costs its own cell alone."""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from audio_assets.extraction import CellOutcome, CellStatus, Extraction
+from audio_assets.features.base import FeatureSet
+from audio_assets.library import Library
+from audio_assets.scratch import Scratch
+from audio_assets.warehouse.landing import Landing
+from audio_assets.warehouse.schema import feature_table, warehouse_tables
+from robustness.adaptive_timeout import get_timeout_manager
+from robustness.circuit_breaker import get_circuit_breaker
+from robustness.error_classifier import ErrorType
+from robustness.quarantine import Quarantine
+from robustness.settings import get_settings
+from robustness.worker_pool import WorkerPool
+from tests import faults
+
+GOOD = ("a.wav", "b.wav", "c.wav")
+
+
+@pytest.fixture(autouse=True)
+def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("ROBUSTNESS_STATE_URL", f"sqlite:///{tmp_path / 'state.db'}")
+    monkeypatch.setenv("ROBUSTNESS_TIMEOUT_FLOOR", "1")
+    monkeypatch.setenv("ROBUSTNESS_RETRY_BUDGET_RATIO", "10")
+    forget_state()
+    yield
+    monkeypatch.undo()
+    forget_state()
+
+
+def forget_state() -> None:
+    """Make every manager of this process read its settings and state anew."""
+    from robustness.adaptive_timeout import get_timeout_manager as timeouts
+    from robustness.error_classifier import get_error_classifier as classifier
+    from robustness.smart_retry import get_retry_manager as retries
+    from robustness.state import reset_state_store
+
+    get_settings.cache_clear()
+    for manager in (timeouts, classifier, retries):
+        manager.cache_clear()  # type: ignore[attr-defined]
+    reset_state_store()
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> Path:
+    directory = tmp_path / "music"
+    directory.mkdir()
+    for number, name in enumerate((*GOOD, "bad.wav")):
+        write_tone(directory / name, 220.0 * (number + 1))
+    return directory
+
+
+def write_tone(path: Path, frequency: float, seconds: float = 1.0) -> None:
+    t = np.arange(int(44100 * seconds)) / 44100
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * frequency * t), 44100)
+
+
+@contextmanager
+def extraction(
+    root: Path, tmp_path: Path, feature_set: FeatureSet, *, memory_limit_mib: float | None = None
+) -> Iterator[Extraction]:
+    landing = Landing(str(tmp_path / "landing"), warehouse_tables([feature_set]))
+    with (
+        Scratch(tmp_path / "scratch", "run", 1024) as scratch,
+        WorkerPool(2, memory_limit_mib=memory_limit_mib, memory_high=None) as pool,
+    ):
+        yield Extraction("run", Library({"music": root}), landing, pool, 2, scratch)
+
+
+def run(
+    root: Path, tmp_path: Path, feature_set: FeatureSet, *, memory_limit_mib: float | None = None
+) -> dict[str, CellOutcome]:
+    keys = [f"music/{path.name}" for path in sorted(root.iterdir())]
+    with extraction(root, tmp_path, feature_set, memory_limit_mib=memory_limit_mib) as shared:
+        outcomes = list(shared.run(feature_set, keys))
+        rows = {
+            row["file_key"]
+            for row in shared.landing.latest(feature_table(feature_set).landing_name)
+        }
+    assert sorted(outcome.file_key for outcome in outcomes) == keys
+    done = {o.file_key for o in outcomes if o.status is not CellStatus.FAILED}
+    assert rows == done
+    return {outcome.file_key.removeprefix("music/"): outcome for outcome in outcomes}
+
+
+def attempts(tmp_path: Path, feature_set: FeatureSet) -> list[dict[str, object]]:
+    landing = Landing(str(tmp_path / "landing"), warehouse_tables([feature_set]))
+    rows = landing.read("robustness/attempts").to_pylist()
+    return sorted(
+        (row for row in rows if row["file_key"] == "music/bad.wav"), key=lambda row: row["attempt"]
+    )
+
+
+def learn_short_timeout(name: str) -> None:
+    for _ in range(20):
+        get_timeout_manager().record_performance(name, 0.1, 0.01, True, 60.0, audio_seconds=1.0)
+
+
+def assert_good_ones_done(outcomes: dict[str, CellOutcome]) -> None:
+    for name in GOOD:
+        assert outcomes[name].status is CellStatus.MATERIALIZED
+        assert outcomes[name].attempts == 1
+
+
+def test_hang_is_killed_and_the_alternative_extractor_saves_the_cell(
+    library: Path, tmp_path: Path
+) -> None:
+    feature_set = faults.feature_set("hanging", faults.hang)
+    learn_short_timeout("hanging")
+    outcomes = run(library, tmp_path, feature_set)
+    assert_good_ones_done(outcomes)
+    assert outcomes["bad.wav"].status is CellStatus.MATERIALIZED
+    assert outcomes["bad.wav"].recoveries == ("increase_timeout", "audio_fallback")
+    first, second, third = attempts(tmp_path, feature_set)
+    assert first["error_type"] == second["error_type"] == ErrorType.TIMEOUT.value
+    assert second["timeout_s"] == pytest.approx(1.5 * first["timeout_s"], rel=0.3)
+    assert third["extractor"] == "alternative"
+
+
+def test_segfault_costs_its_own_attempt_alone(library: Path, tmp_path: Path) -> None:
+    feature_set = faults.feature_set("crashing", faults.segfault)
+    outcomes = run(library, tmp_path, feature_set)
+    assert_good_ones_done(outcomes)
+    assert outcomes["bad.wav"].status is CellStatus.MATERIALIZED
+    assert "SIGSEGV" in str(attempts(tmp_path, feature_set)[0]["message"])
+    assert attempts(tmp_path, feature_set)[-1]["extractor"] == "alternative"
+
+
+def test_endless_allocation_is_stopped_at_the_budget(library: Path, tmp_path: Path) -> None:
+    feature_set = faults.feature_set("hoarding", faults.hoard)
+    outcomes = run(library, tmp_path, feature_set, memory_limit_mib=400)
+    assert_good_ones_done(outcomes)
+    assert outcomes["bad.wav"].status is CellStatus.MATERIALIZED
+    assert outcomes["bad.wav"].recoveries == ("reduce_memory_usage", "audio_fallback")
+    assert attempts(tmp_path, feature_set)[0]["error_type"] == ErrorType.MEMORY.value
+
+
+def test_long_file_is_analysed_in_blocks_within_the_budget(tmp_path: Path) -> None:
+    root = tmp_path / "music"
+    root.mkdir()
+    write_tone(root / "long.wav", 440.0, seconds=600.0)
+    feature_set = faults.feature_set("whole", faults.hoard_unless_block)
+    outcome = run(root, tmp_path, feature_set, memory_limit_mib=6000)["long.wav"]
+    assert outcome.recoveries == ("reduce_memory_usage",)
+    assert outcome.row is not None
+    assert outcome.row["extractor"] == "primary/blocks"
+    assert outcome.row["value"] == pytest.approx(600.0)
+
+
+def test_nothing_saves_a_file_that_no_extractor_survives(library: Path, tmp_path: Path) -> None:
+    feature_set = faults.feature_set("deadly", faults.segfault, faults.segfault)
+    outcomes = run(library, tmp_path, feature_set)
+    assert_good_ones_done(outcomes)
+    bad = outcomes["bad.wav"]
+    assert bad.status is CellStatus.FAILED
+    assert bad.error is not None
+    assert "SIGSEGV" in bad.error.message
+    # One bad file says nothing of the extractor's health.
+    assert get_circuit_breaker("feature:deadly").get_stats()["failure_count"] == 1
+
+
+def test_file_that_vanished_fails_with_that_reason(library: Path, tmp_path: Path) -> None:
+    feature_set = faults.feature_set("plain", faults.sound)
+    keys = [f"music/{name}" for name in (*GOOD, "bad.wav")]
+    (library / "bad.wav").unlink()
+    with extraction(library, tmp_path, feature_set) as shared:
+        outcomes = {o.file_key: o for o in shared.run(feature_set, keys)}
+    bad = outcomes["music/bad.wav"]
+    assert bad.status is CellStatus.FAILED
+    assert bad.error is not None
+    assert bad.error.error_type is ErrorType.FILE_SYSTEM
+    assert all(outcomes[f"music/{n}"].status is CellStatus.MATERIALIZED for n in GOOD)
+
+
+def test_corrupt_file_is_quarantined_until_it_changes(library: Path, tmp_path: Path) -> None:
+    feature_set = faults.feature_set("plain", faults.sound)
+    (library / "bad.wav").write_text("not audio at all\n" * 100)
+    assert run(library, tmp_path, feature_set)["bad.wav"].status is CellStatus.FAILED
+    (cell,) = Quarantine().list()
+    assert (cell.file_key, cell.feature_set) == ("music/bad.wav", "plain")
+
+    again = run(library, tmp_path, feature_set)["bad.wav"]
+    assert again.attempts == 0
+    assert again.error is not None
+    assert "quarantine" in again.error.message
+
+    write_tone(library / "bad.wav", 330.0)
+    assert run(library, tmp_path, feature_set)["bad.wav"].status is CellStatus.MATERIALIZED
+
+
+def test_files_of_one_content_are_computed_once(library: Path, tmp_path: Path) -> None:
+    feature_set = faults.feature_set("plain", faults.sound)
+    shutil.copy(library / "a.wav", library / "copy.wav")
+    outcomes = run(library, tmp_path, feature_set)
+    statuses = {outcomes[name].status for name in ("a.wav", "copy.wav")}
+    assert statuses == {CellStatus.MATERIALIZED, CellStatus.REUSED}
+
+
+def test_unchanged_cells_are_reused_and_force_computes_them(library: Path, tmp_path: Path) -> None:
+    feature_set = faults.feature_set("plain", faults.sound)
+    run(library, tmp_path, feature_set)
+    assert {o.status for o in run(library, tmp_path, feature_set).values()} == {CellStatus.REUSED}
+    with extraction(library, tmp_path, feature_set) as shared:
+        forced = list(shared.run(feature_set, ["music/a.wav"], force=True))
+    assert [o.status for o in forced] == [CellStatus.MATERIALIZED]
+
+
+def test_open_breaker_defers_cells_until_it_closes(library: Path, tmp_path: Path) -> None:
+    feature_set = faults.feature_set("guarded", faults.sound)
+    breaker = get_circuit_breaker("feature:guarded")
+    breaker.force_open()
+    keys = [f"music/{name}" for name in GOOD]
+    with extraction(library, tmp_path, feature_set) as shared:
+        deferred = list(shared.run(feature_set, keys))
+        assert {o.status for o in deferred} == {CellStatus.DEFERRED}
+        breaker.reset()
+        done = list(shared.run(feature_set, keys))
+    assert {o.status for o in done} == {CellStatus.MATERIALIZED}

@@ -1,0 +1,111 @@
+"""The way from files to tables, through Dagster, as `audio-assets analyze` goes it."""
+
+import os
+import re
+
+import dagster as dg
+import duckdb
+import pytest
+
+from audio_assets.definitions import defs
+from audio_assets.features import FEATURE_SETS
+from audio_assets.file_keys import encode_key
+from audio_assets.sample_library import SampleTrack, make_sample_library
+from tests.conftest import Home, make_home
+
+
+@pytest.fixture(scope="module")
+def analysed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Home, str]:
+    """A home after a first `analyze` of the sample library, and what that printed."""
+    home = make_home(tmp_path_factory.mktemp("analysed"))
+    done = home.cli("analyze")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return home, done.stdout
+
+
+def key_of(home: Home, track: SampleTrack) -> str:
+    relative = track.path.relative_to(home.path / "sample_library")
+    return encode_key("sample_library", os.fsencode(relative))
+
+
+def statuses(home: Home) -> dict[str, dict[str, str]]:
+    """Return Dagster's own word on every cell: by feature set and file."""
+    with dg.DagsterInstance.from_config(str(home.path)) as instance:
+        keys = instance.get_dynamic_partitions("audio_files")
+        result = {}
+        for name in FEATURE_SETS:
+            key = dg.AssetKey(["features", name])
+            definition = defs.get_assets_def(key).partitions_def
+            assert definition is not None
+            by_partition = instance.get_status_by_partition(key, keys, definition) or {}
+            result[name] = {k: s.value if s else "MISSING" for k, s in by_partition.items()}
+        return result
+
+
+def test_every_cell_is_materialized_or_failed_and_dagster_agrees(
+    analysed: tuple[Home, str],
+) -> None:
+    home, _ = analysed
+    tracks = make_sample_library(home.path / "sample_library")
+    with duckdb.connect(str(home.warehouse), read_only=True) as connection:
+        for name, by_file in statuses(home).items():
+            rows = {
+                key
+                for (key,) in connection.execute(f"SELECT file_key FROM features.{name}").fetchall()
+            }
+            materialized = {key for key, status in by_file.items() if status == "MATERIALIZED"}
+            failed = {key for key, status in by_file.items() if status == "FAILED"}
+            assert rows == materialized
+            assert rows | failed == set(by_file)
+            # The truncated file's tags can still be read; the text file has none.
+            faulty = {key_of(home, track) for track in tracks if track.fault}
+            assert failed <= faulty
+            assert len(failed) == (2 if FEATURE_SETS[name].reads_pcm else 1)
+
+
+def test_known_tempo_and_key_are_found(analysed: tuple[Home, str]) -> None:
+    home, _ = analysed
+    with duckdb.connect(str(home.warehouse), read_only=True) as connection:
+        found = {
+            key: (bpm, f"{tonic} {scale}")
+            for key, bpm, tonic, scale in connection.execute(
+                "SELECT file_key, bpm, key.key, scale "
+                "FROM features.rhythm JOIN features.key USING (file_key)"
+            ).fetchall()
+        }
+    for track in make_sample_library(home.path / "sample_library"):
+        if track.fault is None:
+            bpm, key = found[key_of(home, track)]
+            assert bpm == pytest.approx(track.bpm, rel=0.02)
+            assert key == f"{track.key} {track.scale}"
+
+
+def test_tables_hold_no_nan_or_infinity(analysed: tuple[Home, str]) -> None:
+    home, _ = analysed
+    with duckdb.connect(str(home.warehouse), read_only=True) as connection:
+        for name in FEATURE_SETS:
+            table = connection.execute(f"SELECT * FROM features.{name}").fetchall()
+            assert not re.search(r"\b(nan|inf)\b", repr(table)), name
+
+
+def test_summary_names_tracks_failures_and_what_to_do_next(analysed: tuple[Home, str]) -> None:
+    _, printed = analysed
+    assert "What could not be had" in printed
+    assert "make dev" in printed
+    assert "warehouse.duckdb" in printed
+
+
+def test_second_analysis_computes_nothing(analysed: tuple[Home, str]) -> None:
+    home, _ = analysed
+    before = attempts(home)
+    done = home.cli("analyze")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Nothing to compute" in done.stdout
+    assert attempts(home) == before
+
+
+def attempts(home: Home) -> int:
+    with duckdb.connect(str(home.warehouse), read_only=True) as connection:
+        row = connection.execute("SELECT count(*) FROM robustness.attempts").fetchone()
+    assert row is not None
+    return int(row[0])

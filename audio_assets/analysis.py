@@ -20,7 +20,9 @@ from audio_assets.assets import FORCE_TAG, audio_files
 from audio_assets.backlog import batches
 from audio_assets.definitions import defs
 from audio_assets.features import FEATURE_SETS
+from audio_assets.runs import record_run
 from audio_assets.settings import get_settings
+from audio_assets.warehouse import open_landing
 
 JOB = "all_features"
 POLL_S = 0.5
@@ -57,6 +59,7 @@ def run_batches(
         file_keys, instance.get_dynamic_partitions(_PARTITION_NAME), get_settings().batch_size
     )
     job = defs.resolve_job_def(JOB)
+    landing = open_landing()
     with _progress_bar(console) as progress:
         task = progress.add_task("", total=len(file_keys) * len(FEATURE_SETS), speed=0.0)
         for first, last, _ in ranges:
@@ -73,6 +76,7 @@ def run_batches(
                     }
                     | ({FORCE_TAG: "true"} if force else {}),
                 )
+            record_run(instance, run_id, landing)
 
 
 def _progress_bar(console: Console) -> Progress:

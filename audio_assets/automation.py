@@ -2,7 +2,8 @@
 
 import dagster as dg
 
-from audio_assets.warehouse import publish
+from audio_assets.runs import record_run
+from audio_assets.warehouse import open_landing, publish
 
 
 def _publishing_sensor(status: dg.DagsterRunStatus) -> dg.SensorDefinition:
@@ -14,10 +15,9 @@ def _publishing_sensor(status: dg.DagsterRunStatus) -> dg.SensorDefinition:
         description="Publishes what a run has landed to DuckDB when the run ends",
     )
     def publish_results(context: dg.RunStatusSensorContext) -> dg.SkipReason:
-        result = publish()
-        return dg.SkipReason(
-            f"published version {result.version} after run {context.dagster_run.run_id}"
-        )
+        run_id = context.dagster_run.run_id
+        record_run(context.instance, run_id, open_landing())
+        return dg.SkipReason(f"published version {publish().version} after run {run_id}")
 
     return publish_results
 

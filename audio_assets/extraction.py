@@ -273,6 +273,7 @@ class _Batch:
             content_hash = identities[key].content_hash
             rows = done.get(content_hash, {})
             if key in rows:
+                self._note(key, "reused")
                 self._unconfirmed.append(CellOutcome(key, CellStatus.REUSED, row=rows[key]))
             elif rows and reads_pcm:
                 self._settle_copy(key, next(iter(rows.values())))
@@ -327,7 +328,7 @@ class _Batch:
             raise
         decisions = {
             stage: self._timeouts.timeout_in_force(
-                self._timed_as(stage), cell.identity.duration_s, file_size_mb=cell.size_mb
+                self._timed_as(cell, stage), cell.identity.duration_s, file_size_mb=cell.size_mb
             )
             for stage in permits
         }
@@ -355,8 +356,12 @@ class _Batch:
             "audio_processing" if stage == "decode" else f"feature:{self._feature_set.name}"
         )
 
-    def _timed_as(self, stage: str) -> str:
-        return "decode" if stage == "decode" else self._feature_set.name
+    def _timed_as(self, cell: _Cell, stage: str) -> str:
+        """Name whose history of times applies: each extractor has one of its own."""
+        if stage == "decode":
+            return stage
+        name = self._feature_set.name
+        return name if cell.options.extractor == "primary" else f"{name}/alternative"
 
     def _conclude(self, flight: _Flight, future: WorkerFuture[CellResult]) -> None:
         self._in_flight -= 1
@@ -381,7 +386,7 @@ class _Batch:
             seconds = measurement.stage_seconds[stage]
             permit.succeeded(seconds)
             self._timeouts.record_performance(
-                self._timed_as(stage),
+                self._timed_as(cell, stage),
                 cell.size_mb,
                 seconds,
                 True,
@@ -429,7 +434,7 @@ class _Batch:
             else:
                 permit.release()
         self._timeouts.record_performance(
-            self._timed_as(stage),
+            self._timed_as(cell, stage),
             cell.size_mb,
             stage_seconds.get(stage, 0.0),
             False,
@@ -478,6 +483,7 @@ class _Batch:
         while self._waiting:
             cell = self._waiting.popleft()
             cell.error = cell.error or error
+            self._note(cell.file_key, "deferred", cell.error)
             self._defer(cell, refusal.retry_after)
 
     def _defer(self, cell: _Cell, retry_after: float) -> None:
@@ -497,19 +503,7 @@ class _Batch:
 
     def _settle_failed(self, key: str, error: ErrorInfo, cell: _Cell | None = None) -> None:
         if cell is None:
-            self._records.append(
-                {
-                    "run_id": self._run.run_id,
-                    "file_key": key,
-                    "feature_set": self._feature_set.name,
-                    "attempt": 0,
-                    "outcome": "skipped",
-                    "error_type": error.error_type.value,
-                    "severity": error.severity.value,
-                    "message": error.message,
-                    "started_at": datetime.now(UTC),
-                }
-            )
+            self._note(key, "skipped", error)
         self._unconfirmed.append(
             CellOutcome(
                 key,
@@ -522,6 +516,7 @@ class _Batch:
 
     def _settle_copy(self, key: str, row: Row) -> None:
         """Give a file the row of another file with the same content."""
+        self._note(key, "reused")
         copy = {**row, "file_key": key, "run_id": self._run.run_id}
         self._rows.append(copy)
         self._unconfirmed.append(CellOutcome(key, CellStatus.REUSED, row=copy))
@@ -549,6 +544,22 @@ class _Batch:
         with contextlib.suppress(LookupError):
             context["file_path"] = str(self._run.library.path_of(file_key))
         return self._classifier.classify_error(exception, context)
+
+    def _note(self, key: str, outcome: str, error: ErrorInfo | None = None) -> None:
+        """Record what became of a cell without an attempt at it."""
+        self._records.append(
+            {
+                "run_id": self._run.run_id,
+                "file_key": key,
+                "feature_set": self._feature_set.name,
+                "attempt": 0,
+                "outcome": outcome,
+                "error_type": error and error.error_type.value,
+                "severity": error and error.severity.value,
+                "message": error and error.message,
+                "started_at": datetime.now(UTC),
+            }
+        )
 
     def _record(
         self,

@@ -39,11 +39,11 @@ def work(context: OpExecutionContext, config: Trace) -> None:
             raise TypeError("the same every time")
         case "crash" if attempt < 2:
             os._exit(7)
-        case "terminated" if attempt < 2:
+        case "interrupted" if attempt < 2:
             os.kill(os.getpid(), signal.SIGINT)
             signal.pause()
         case "open breaker" if attempt < 2:
-            breaker = CircuitBreaker("adapter test", failure_threshold=1, recovery_timeout=0.4)
+            breaker = CircuitBreaker("adapter test", failure_threshold=1, recovery_timeout=1.3)
             breaker.force_open()
             breaker.call(dict)
         case "logs":

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from audio_assets.features.base import Column
-from audio_assets.warehouse.landing import CorruptPartError, Landing, LandingWriter
+from audio_assets.warehouse.landing import CorruptPartError, Landing
 from audio_assets.warehouse.schema import warehouse_tables
 from tests.warehouse.rows import AWKWARD_KEYS, RHYTHM, SETS, feature_set, landing_of, mfcc, rhythm
 
@@ -236,51 +236,3 @@ def test_the_footer_of_a_merged_part_names_its_sources(tmp_path: Path) -> None:
     [merged] = landing.compact(TABLE)
     metadata = pq.read_metadata(tmp_path / "landing/features/rhythm" / merged).metadata
     assert json.loads(metadata[b"supersedes"]) == names
-
-
-# The writer
-
-
-def test_the_writer_tells_which_rows_are_durable(tmp_path: Path) -> None:
-    landing = landing_of(tmp_path)
-    writer = LandingWriter(landing, flush_seconds=3600, flush_rows=3)
-    first, second, third = rhythm("a"), mfcc("a"), rhythm("b")
-    writer.write(TABLE, first)
-    writer.write("features/mfcc", second)
-    assert writer.flush_if_due() == []
-    assert landing.read(TABLE).num_rows == 0
-    writer.write(TABLE, third)
-    durable = writer.flush_if_due()
-    assert {id(row) for _, row in durable} == {id(first), id(second), id(third)}
-    assert keys(landing) == ["a", "b"]
-    assert writer.flush() == []
-
-
-def test_the_writer_is_due_by_age(tmp_path: Path) -> None:
-    writer = LandingWriter(landing_of(tmp_path), flush_seconds=0)
-    assert writer.flush_if_due() == []
-    writer.write(TABLE, rhythm("a"))
-    assert len(writer.flush_if_due()) == 1
-
-
-def test_rows_that_could_not_land_wait_for_the_next_flush(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    landing = landing_of(tmp_path)
-    writer = LandingWriter(landing)
-    writer.write("features/mfcc", mfcc("a"))
-    writer.write(TABLE, rhythm("a"))
-    original = landing.append
-
-    def fail(table: str, rows: Any) -> str:
-        if table == TABLE:
-            raise OSError(28, "No space left on device")
-        return original(table, rows)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(landing, "append", fail)
-        with pytest.raises(OSError, match="No space"):
-            writer.flush()
-    assert sorted(table for table, _ in writer.flush()) == ["features/mfcc", TABLE]
-    assert keys(landing) == ["a"]
-    assert landing.read("features/mfcc").num_rows == 1

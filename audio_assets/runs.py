@@ -1,0 +1,42 @@
+"""What Dagster knows of a run, for the warehouse."""
+
+from datetime import UTC, datetime
+
+import dagster as dg
+
+from audio_assets.warehouse.landing import Landing
+from audio_assets.warehouse.schema import RUNS
+
+
+def record_run(instance: dg.DagsterInstance, run_id: str, landing: Landing) -> None:
+    """Land a run's begin, end and status; its figures are computed from its attempts.
+
+    Parameters
+    ----------
+    instance : DagsterInstance
+        Where the run was recorded.
+    run_id : str
+        The run; one that the instance does not know changes nothing.
+    landing : Landing
+        Where the row goes.
+    """
+    record = instance.get_run_record_by_id(run_id)
+    if record is None:
+        return
+    landing.append(
+        RUNS.landing_name,
+        [
+            {
+                "run_id": run_id,
+                "job_name": record.dagster_run.job_name,
+                "started_at": _time(record.start_time),
+                "ended_at": _time(record.end_time),
+                "status": record.dagster_run.status.value.lower(),
+                "recorded_at": datetime.now(UTC),
+            }
+        ],
+    )
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -318,24 +318,27 @@ class _Batch:
         run, feature_set = self._run, self._feature_set
         pcm = run.scratch.path_of(cell.identity.content_hash)
         decodes = feature_set.reads_pcm and not pcm.exists()
-        permits: dict[str, Permit] = {}
-        try:
-            for stage in STAGES if decodes else STAGES[1:]:
-                permits[stage] = self._breaker(stage).acquire()
-        except CircuitBreakerOpenError:
-            for permit in permits.values():
-                permit.release()
-            raise
+        stages = STAGES if decodes else STAGES[1:]
         decisions = {
             stage: self._timeouts.timeout_in_force(
                 self._timed_as(cell, stage), cell.identity.duration_s, file_size_mb=cell.size_mb
             )
-            for stage in permits
+            for stage in stages
         }
         timeouts = {
             stage: decision.seconds * cell.options.timeout_factor
             for stage, decision in decisions.items()
         }
+        # A probe's permit comes back by itself if this process dies; it may queue for as long.
+        lease = 2 * sum(timeouts.values())
+        permits: dict[str, Permit] = {}
+        try:
+            for stage in stages:
+                permits[stage] = self._breaker(stage).acquire(lease_seconds=lease)
+        except CircuitBreakerOpenError:
+            for permit in permits.values():
+                permit.release()
+            raise
         cell.attempts += 1
         self._in_flight += 1
         self._alone = cell.options.alone

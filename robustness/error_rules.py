@@ -8,9 +8,10 @@ message counts only where a library says what happened in no other way.
 import errno
 import re
 import signal
+import sys
 import tomllib
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
@@ -139,16 +140,15 @@ class Facts:
 
         The short name is the top-level package, without a leading underscore, and the class.
         """
-        qualified = [
-            (cls.__module__, cls.__qualname__)
-            for cls in type(self._exception).__mro__
-            if cls is not object
-        ]
-        # A stand-in for an exception that could not cross a process boundary.
-        original = getattr(self._exception, "type_name", None)
-        if isinstance(original, str):
-            module, _, name = original.rpartition(".")
-            qualified.append((module or "builtins", name))
+        classes: Iterable[type] = type(self._exception).__mro__
+        qualified = []
+        if stands_for := _original_class_name(self._exception):
+            module, name = stands_for
+            original = getattr(sys.modules.get(module), name, None)
+            if isinstance(original, type):
+                classes = original.__mro__
+            qualified.append(stands_for)
+        qualified += [(cls.__module__, cls.__qualname__) for cls in classes if cls is not object]
         short = [(module.split(".")[0], name.split(".")[-1]) for module, name in qualified]
         short = [(package.removeprefix("_"), name) for package, name in short]
         return frozenset(f"{module}.{name}" for module, name in qualified + short)
@@ -156,6 +156,8 @@ class Facts:
     @cached_property
     def message(self) -> str:
         """Its text, empty if it has none or fails to produce it."""
+        if _original_class_name(self._exception):
+            return str(getattr(self._exception, "message", ""))
         try:
             return str(self._exception)
         except Exception:  # noqa: BLE001 - somebody's __str__ must not hide the error itself
@@ -203,6 +205,19 @@ class Facts:
         for name in path.split("."):
             value = getattr(value, name, None)
         return None if value is None else str(value)
+
+
+def _original_class_name(exception: BaseException) -> tuple[str, str] | None:
+    """Return module and name of the class that an exception stands for.
+
+    An exception that cannot cross a process boundary is replaced by one with its class's full
+    name in `type_name` and its text in `message` (`robustness.worker_pool.RemoteError`).
+    """
+    type_name = getattr(exception, "type_name", None)
+    if not isinstance(type_name, str):
+        return None
+    module, _, name = type_name.rpartition(".")
+    return module, name
 
 
 def is_remote_traceback(exception: BaseException | None) -> bool:

@@ -1,8 +1,12 @@
 """Errors are provoked for real, by the libraries and the kernel, and then classified."""
 
+import ctypes
 import errno
+import functools
+import importlib
 import io
 import logging
+import operator
 import os
 import pickle
 import resource
@@ -33,6 +37,7 @@ import soundfile
 import sqlalchemy as sa
 
 from audio_assets.errors import CorruptFileError, UnsupportedFormatError
+from robustness.adaptive_timeout import timeout_context
 from robustness.circuit_breaker import CircuitBreaker, CircuitBreakerOpenError
 from robustness.error_classifier import (
     ErrorClassifier,
@@ -49,7 +54,12 @@ from robustness.error_rules import (
     rules_from_pyproject,
 )
 from robustness.state import StateStore, errors
-from robustness.worker_pool import WorkerCrashedError, WorkerMemoryError, WorkerTimeoutError
+from robustness.worker_pool import (
+    WorkerCrashedError,
+    WorkerMemoryError,
+    WorkerPool,
+    WorkerTimeoutError,
+)
 
 
 @pytest.fixture
@@ -192,7 +202,7 @@ class TestFiles:
         self, files: Path, classifier: ErrorClassifier
     ) -> None:
         path = files / "flac_named.mp3"
-        error = provoked(lambda: mutagen.mp3.MP3(path))
+        error = provoked(lambda: mutagen.mp3.MP3(path))  # type: ignore[no-untyped-call]
         info = classifier.classify_error(error, {"file_path": path})
         assert info.error_type is ErrorType.UNSUPPORTED_FORMAT
         assert info.retryable
@@ -201,19 +211,18 @@ class TestFiles:
         assert info.evidence == "the file is FLAC, not .mp3"
 
     def test_format_that_no_header_fits(self, files: Path, classifier: ErrorClassifier) -> None:
-        error = provoked(lambda: mutagen.flac.FLAC(files / "good.wav"))
+        error = provoked(lambda: mutagen.flac.FLAC(files / "good.wav"))  # type: ignore[no-untyped-call]
         assert classifier.classify_error(error).error_type is ErrorType.UNSUPPORTED_FORMAT
 
     def test_unknown_codec(self, classifier: ErrorClassifier) -> None:
-        error = provoked(lambda: av.CodecContext.create("no such codec", "r"))  # type: ignore[call-overload]
+        error = provoked(lambda: av.CodecContext.create("no such codec", "r"))
         assert classifier.classify_error(error).error_type is ErrorType.UNSUPPORTED_FORMAT
 
     def test_folder_in_the_place_of_a_file(self, files: Path, classifier: ErrorClassifier) -> None:
         path = files / "folder.wav"
         for read in (read_soundfile, read_av, read_mutagen, read_essentia):
-            info = classifier.classify_error(
-                provoked(lambda read=read: read(path)), {"file_path": str(path)}
-            )
+            error = provoked(functools.partial(read, path))
+            info = classifier.classify_error(error, {"file_path": str(path)})
             assert info.error_type is ErrorType.FILE_SYSTEM
             assert not info.retryable
 
@@ -337,7 +346,10 @@ class TestResources:
 
     def test_memory_of_duckdb(self, classifier: ErrorClassifier) -> None:
         def hoard() -> None:
-            limits = {"memory_limit": "10MB", "temp_directory": ""}
+            limits: dict[str, str | bool | int | float | list[str]] = {
+                "memory_limit": "10MB",
+                "temp_directory": "",
+            }
             with duckdb.connect(config=limits) as connection:
                 connection.execute("SELECT list(range) FROM range(10000000)")
 
@@ -450,6 +462,43 @@ class TestProcesses:
         assert late.recovery_strategy is RecoveryStrategy.INCREASE_TIMEOUT
         fat = classifier.classify_error(WorkerMemoryError(700, 600, "extract"))
         assert fat.error_type is ErrorType.MEMORY
+
+    def test_real_workers(self, closed_port: int, classifier: ErrorClassifier) -> None:
+        with WorkerPool(1, memory_limit_mib=None) as pool:
+
+            def outcome(task: Callable[..., object], *args: object) -> ErrorInfo:
+                future = pool.submit(task, *args, timeout={"extract": 60.0})
+                return classifier.classify_error(provoked(future.result))
+
+            assert outcome(ctypes.string_at, 0).error_type is ErrorType.AUDIO_PROCESSING
+            assert outcome(os._exit, 3).error_type is ErrorType.AUDIO_PROCESSING
+            assert outcome(_raise_in_essentia).error_type is ErrorType.AUDIO_PROCESSING
+            assert outcome(open, "/nowhere/x.wav").error_type is ErrorType.FILE_SYSTEM
+            # An exception that does not survive pickling, and arrives as a stand-in.
+            refused = outcome(requests.get, f"http://127.0.0.1:{closed_port}/")
+            assert refused.error_type is ErrorType.NETWORK
+            assert "RemoteError" in refused.exception_type
+
+    def test_guarded_block_past_its_timeout(self, classifier: ErrorClassifier) -> None:
+        def hang() -> None:
+            with timeout_context(0.05):
+                threading.Event().wait(60)
+
+        assert classifier.classify_error(provoked(hang)).error_type is ErrorType.TIMEOUT
+
+    def test_timeout_that_cannot_be_enforced_is_a_defect(self, classifier: ErrorClassifier) -> None:
+        caught: list[BaseException] = []
+
+        def guard() -> None:
+            with timeout_context(1):
+                pass
+
+        thread = threading.Thread(target=lambda: caught.append(provoked(guard)))
+        thread.start()
+        thread.join()
+        info = classifier.classify_error(caught[0])
+        assert info.error_type is ErrorType.UNKNOWN
+        assert not info.retryable
 
     def test_command_past_its_timeout(self, classifier: ErrorClassifier) -> None:
         error = provoked(lambda: subprocess.run(["sleep", "10"], timeout=0.05, check=True))
@@ -704,7 +753,14 @@ class TestUnknown:
         assert info.recovery_strategy is RecoveryStrategy.NONE
 
     @pytest.mark.parametrize(
-        "provoke", [lambda: {}["x"], lambda: None.x, lambda: 1 / 0, lambda: int("x" * 3, None)]
+        "provoke",
+        [
+            lambda: [0][len("12")],
+            lambda: operator.attrgetter("nothing")(None),
+            lambda: 1 // len(""),
+            lambda: len(*["too", "many"]),
+            lambda: importlib.import_module("no_such_module"),
+        ],
     )
     def test_defects_are_not_retried(
         self, provoke: Callable[[], object], classifier: ErrorClassifier
@@ -718,7 +774,7 @@ class TestUnknown:
         self, files: Path, classifier: ErrorClassifier
     ) -> None:
         info = classifier.classify_error(
-            provoked(lambda: {}["x"]), {"file_path": files / "empty.wav"}
+            provoked(lambda: [0][len("12")]), {"file_path": files / "empty.wav"}
         )
         assert info.error_type is ErrorType.UNKNOWN
 

@@ -260,6 +260,7 @@ class ErrorClassifier:
     ) -> ErrorInfo:
         """Classify an error without recording it; see `classify_error`."""
         context = dict(context or {})
+        facts = Facts(exception)
         links = tuple(_links(exception))
         verdict, evidence = _weigh_file(self._judge(links), context)
         info = ErrorInfo(
@@ -268,8 +269,8 @@ class ErrorClassifier:
             retryable=verdict.consequences.retryable,
             systemic=verdict.consequences.systemic,
             recovery_strategy=verdict.consequences.recovery_strategy,
-            message=Facts(exception).message or type(exception).__name__,
-            exception_type=f"{type(exception).__module__}.{type(exception).__qualname__}",
+            message=facts.message or type(exception).__name__,
+            exception_type=facts.class_name,
             context=context,
             rule=verdict.rule.name if verdict.rule else None,
             evidence=evidence.finding if evidence else None,

@@ -153,6 +153,12 @@ class Facts:
         short = [(package.removeprefix("_"), name) for package, name in short]
         return frozenset(f"{module}.{name}" for module, name in qualified + short)
 
+    @property
+    def class_name(self) -> str:
+        """Its class, fully qualified."""
+        cls = type(self._exception)
+        return ".".join(_original_class_name(self._exception) or (cls.__module__, cls.__qualname__))
+
     @cached_property
     def message(self) -> str:
         """Its text, empty if it has none or fails to produce it."""

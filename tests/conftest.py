@@ -31,17 +31,22 @@ class Home:
         }
         return kept | {"DAGSTER_HOME": str(self.path)} | dict(extra or {})
 
-    def cli(
-        self, *arguments: str, env: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start the command line."""
+        return subprocess.Popen(
             [sys.executable, "-m", "audio_assets", *arguments],
-            env=self.environment({"COLUMNS": "200"} | dict(env or {})),
+            env=self.environment({"COLUMNS": "200"}),
             cwd=PROJECT,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
-            check=False,
         )
+
+    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """Run the command line to its end."""
+        with self.start(*arguments) as process:
+            output, errors = process.communicate()
+        return subprocess.CompletedProcess(arguments, process.returncode, output, errors)
 
 
 def make_home(directory: Path) -> Home:

@@ -2,10 +2,15 @@
 
 import os
 import re
+import time
+from pathlib import Path
 
 import dagster as dg
 import duckdb
+import numpy as np
+import psutil
 import pytest
+import soundfile
 
 from audio_assets.definitions import defs
 from audio_assets.features import FEATURE_SETS
@@ -109,3 +114,62 @@ def attempts(home: Home) -> int:
         row = connection.execute("SELECT count(*) FROM robustness.attempts").fetchone()
     assert row is not None
     return int(row[0])
+
+
+def test_killed_run_leaves_no_process_and_the_next_one_completes_it(home: Home) -> None:
+    process = home.start("analyze")
+    landed = home.path / "landing" / "features"
+    while not list(landed.glob("*/*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    process.kill()
+    process.communicate()
+    assert family
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+
+    done = home.cli("analyze")
+    assert done.returncode == 0, done.stdout + done.stderr
+    with duckdb.connect(str(home.warehouse), read_only=True) as connection:
+        for name, by_file in statuses(home).items():
+            keys = connection.execute(f"SELECT file_key FROM features.{name}").fetchall()
+            assert len(keys) == len(set(keys))
+            materialized = {key for key, status in by_file.items() if status == "MATERIALIZED"}
+            assert {key for (key,) in keys} == materialized
+            assert len(by_file) - len(materialized) == (2 if FEATURE_SETS[name].reads_pcm else 1)
+
+
+def test_files_come_and_go(home: Home, tmp_path: Path) -> None:
+    library = tmp_path / "music"
+    library.mkdir()
+    for name, seconds in (("stays.wav", 3), ("goes.wav", 2)):
+        t = np.arange(seconds * 22050) / 22050
+        soundfile.write(library / name, 0.3 * np.sin(2 * np.pi * 440 * t), 22050)
+    assert home.cli("analyze", str(library)).returncode == 0
+    (library / "goes.wav").rename(library / "moved.wav")
+    done = home.cli("analyze", str(library))
+    assert done.returncode == 0, done.stdout + done.stderr
+    with duckdb.connect(str(home.warehouse), read_only=True) as connection:
+        gone = connection.execute(
+            "SELECT file_key, gone FROM features.tracks ORDER BY 1"
+        ).fetchall()
+        outcomes = connection.execute(
+            "SELECT outcome, count(*) FROM robustness.attempts WHERE file_key = 'music/moved.wav' "
+            "GROUP BY outcome ORDER BY outcome"
+        ).fetchall()
+    assert gone == [
+        ("music/goes.wav", True),
+        ("music/moved.wav", False),
+        ("music/stays.wav", False),
+    ]
+    # What the audio holds is known by its content; only the file's own metadata is read again.
+    assert outcomes == [("reused", 8), ("succeeded", 1)]
+
+
+def test_bad_input_is_told_in_one_line(home: Home, tmp_path: Path) -> None:
+    for arguments in (["analyze", str(tmp_path / "nowhere")], ["query", "SELECT 1"]):
+        done = home.cli(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stdout + done.stderr
+        assert done.stdout.strip()

@@ -37,7 +37,9 @@ def work(context: OpExecutionContext, config: Trace) -> None:
             raise Failure("no", allow_retries=False)
         case "defect":
             raise TypeError("the same every time")
-        case "crash" if attempt < 2:
+        case "flaky, then crashes" if attempt == 1:
+            raise FlakyError("try again")
+        case "flaky, then crashes" if attempt == 2:
             os._exit(7)
         case "interrupted" if attempt < 2:
             os.kill(os.getpid(), signal.SIGINT)

@@ -301,9 +301,7 @@ class TestAudioLibraries:
             assert info.systemic
 
     def test_librosa(self, classifier: ErrorClassifier) -> None:
-        info = classifier.classify_error(
-            provoked(lambda: librosa.feature.mfcc(y=np.full(4096, np.nan), sr=44100))
-        )
+        info = classifier.classify_error(provoked(lambda: librosa.stft(np.full(4096, np.nan))))
         assert info.error_type is ErrorType.AUDIO_PROCESSING
 
     def test_numpy_error_from_within_librosa(self, classifier: ErrorClassifier) -> None:
@@ -477,7 +475,7 @@ class TestProcesses:
             # An exception that does not survive pickling, and arrives as a stand-in.
             refused = outcome(requests.get, f"http://127.0.0.1:{closed_port}/")
             assert refused.error_type is ErrorType.NETWORK
-            assert "RemoteError" in refused.exception_type
+            assert refused.exception_type == "requests.exceptions.ConnectionError"
 
     def test_guarded_block_past_its_timeout(self, classifier: ErrorClassifier) -> None:
         def hang() -> None:

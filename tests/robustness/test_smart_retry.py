@@ -401,8 +401,8 @@ class TestBudget:
     def test_is_shared_by_processes(self, tmp_path: Path) -> None:
         url = f"sqlite:///{tmp_path}/state.db"
         context = multiprocessing.get_context("spawn")
-        with context.Pool(3) as pool:
-            granted = pool.map(_spend_all, [url] * 3, chunksize=1)
+        with context.Pool(2) as pool:
+            granted = pool.map(_spend_all, [url] * 2, chunksize=1)
         assert sum(granted) == BUDGET_RESERVE
 
 

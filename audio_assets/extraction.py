@@ -16,6 +16,7 @@ from enum import StrEnum
 
 from audio_assets.backlog import inventory_row, known_identities
 from audio_assets.features.base import FeatureSet, Row
+from audio_assets.file_keys import FileKeyError, decode_key
 from audio_assets.library import Library
 from audio_assets.recovery import AttemptOptions, apply_recovery, next_recovery
 from audio_assets.scratch import Scratch
@@ -239,7 +240,7 @@ class _Batch:
         for key in new:
             try:
                 path = run.library.path_of(key)
-            except LookupError as error:
+            except FileKeyError as error:
                 run.unidentified[key] = self._classify(error, key, "identify", 1)
             else:
                 futures[key] = run.pool.submit(identify, path, known.get(key), timeout=timeout)
@@ -340,6 +341,8 @@ class _Batch:
                 permit.release()
             raise
         cell.attempts += 1
+        if cell.attempts == 1:
+            self._retries.deposit(feature_set.name)
         self._in_flight += 1
         self._alone = cell.options.alone
         flight = _Flight(cell, permits, timeouts, decisions["extract"], datetime.now(UTC))
@@ -396,6 +399,9 @@ class _Batch:
                 flight.timeouts[stage],
                 audio_seconds=result.audio_s,
             )
+        self._classifier.record_success(self._feature_set.name)
+        if cell.error:
+            self._classifier.mark_recovered(cell.error)
         self._record(flight, future, "succeeded", extractor=result.extractor)
         row = {
             **result.row,
@@ -455,7 +461,10 @@ class _Batch:
         if recovery is None:
             self._give_up(cell, error, stage)
         elif not self._retries.try_spend(self._feature_set.name):
-            self._defer(cell, self._retries.calculate_delay(RetryStrategy.ADAPTIVE, cell.attempts))
+            delay = self._retries.calculate_delay(
+                RetryStrategy.ADAPTIVE, cell.attempts - 1, operation=self._feature_set.name
+            )
+            self._defer(cell, delay)
         else:
             cell.tried.append(recovery)
             cell.options = apply_recovery(recovery, cell.options, stage)
@@ -463,6 +472,7 @@ class _Batch:
 
     def _give_up(self, cell: _Cell, error: ErrorInfo, stage: str) -> None:
         run, content_hash = self._run, cell.identity.content_hash
+        self._classifier.mark_recovered(error, recovered=False)
         if stage == "decode":
             run.undecodable[content_hash] = error
         self._bar(content_hash, cell.file_key, error, attempts=cell.attempts)
@@ -544,8 +554,9 @@ class _Batch:
             "stage": stage,
             "attempt": attempt,
         }
-        with contextlib.suppress(LookupError):
+        with contextlib.suppress(FileKeyError):
             context["file_path"] = str(self._run.library.path_of(file_key))
+            context["library_root"] = str(self._run.library.roots[decode_key(file_key)[0]])
         return self._classifier.classify_error(exception, context)
 
     def _note(self, key: str, outcome: str, error: ErrorInfo | None = None) -> None:

@@ -181,6 +181,16 @@ def test_file_that_vanished_fails_with_that_reason(library: Path, tmp_path: Path
     assert all(outcomes[f"music/{n}"].status is CellStatus.MATERIALIZED for n in GOOD)
 
 
+def test_key_of_another_library_fails_alone(library: Path, tmp_path: Path) -> None:
+    feature_set = faults.feature_set("plain", faults.sound)
+    with extraction(library, tmp_path, feature_set) as shared:
+        outcomes = list(shared.run(feature_set, ["elsewhere/a.wav", "music/a.wav"]))
+    assert {o.file_key: o.status for o in outcomes} == {
+        "elsewhere/a.wav": CellStatus.FAILED,
+        "music/a.wav": CellStatus.MATERIALIZED,
+    }
+
+
 def test_corrupt_file_is_quarantined_until_it_changes(library: Path, tmp_path: Path) -> None:
     feature_set = faults.feature_set("plain", faults.sound)
     (library / "bad.wav").write_text("not audio at all\n" * 100)

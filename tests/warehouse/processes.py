@@ -1,5 +1,6 @@
 """What the processes of the tests do; every one runs until it is killed."""
 
+import itertools
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,23 +21,24 @@ SELECT
     (SELECT version FROM publishing.version) AS version
 """
 
+KEYS_PER_PART = 20
+
 
 def write(root: Path, name: str, told: Connection) -> None:
     """Write cells one after the other and tell the key of each once it is durable."""
     landing = landing_of(root)
-    number = 0
-    while True:
-        key = f"{name}/{number}"
+    for number in itertools.count(step=KEYS_PER_PART):
+        keys = [f"{name}/{number + offset}" for offset in range(KEYS_PER_PART)]
         # An attempt that succeeded without its row would be a lie, so it comes after the row.
-        for table, row in (
-            ("features/mfcc", mfcc(key, run_id=name)),
-            ("features/rhythm", rhythm(key, run_id=name)),
-            ("library/files", file(key)),
-            ("robustness/attempts", attempt(key, run_id=name)),
+        for table, rows in (
+            ("features/mfcc", [mfcc(key, run_id=name) for key in keys]),
+            ("features/rhythm", [rhythm(key, run_id=name) for key in keys]),
+            ("library/files", [file(key) for key in keys]),
+            ("robustness/attempts", [attempt(key, run_id=name) for key in keys]),
         ):
-            landing.append(table, [row])
-            told.send((table, key))
-        number += 1
+            landing.append(table, rows)
+            for key in keys:
+                told.send((table, key))
 
 
 def publish(root: Path, told: Connection) -> None:

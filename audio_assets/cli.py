@@ -1,6 +1,7 @@
 """The command line `audio-assets`."""
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -275,10 +276,12 @@ def _show_results(warehouse: Path, root_names: Sequence[str]) -> int:
             table.add_row(escape(file_key), escape(reason), ", ".join(feature_sets))
         _print_table(table, len(failures))
     console.print(f"\nThe results are in [bold]{escape(str(warehouse))}[/bold]. Try:")
+    command = os.path.relpath(Path(sys.executable).with_name("audio-assets"))
     console.print(
-        '  audio-assets query "SELECT file_key, bpm, key FROM features.tracks '
+        f'{escape(command)} query "SELECT file_key, bpm, key FROM features.tracks '
         'ORDER BY danceability DESC LIMIT 10"',
         highlight=False,
+        soft_wrap=True,
     )
     console.print("Next: [bold]make dev[/bold] opens Dagster on http://localhost:3000.")
     return sum(unexplained for *_, unexplained in failures)

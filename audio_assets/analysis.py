@@ -62,7 +62,7 @@ def run_batches(
     landing = open_landing()
     with _progress_bar(console) as progress:
         task = progress.add_task("", total=len(file_keys) * len(FEATURE_SETS), speed=0.0)
-        for first, last, _ in ranges:
+        for first, last in ranges:
             run_id = str(uuid.uuid4())
             with _following(instance, run_id, progress, task):
                 job.execute_in_process(

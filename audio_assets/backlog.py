@@ -120,7 +120,7 @@ def _is_same(entry: FileEntry, identity: Identity) -> bool:
 
 def batches(
     file_keys: Sequence[str], partition_keys: Sequence[str], batch_size: int
-) -> list[tuple[str, str, int]]:
+) -> list[tuple[str, str]]:
     """Cut files into ranges of consecutive partitions, since a run takes a range.
 
     Parameters
@@ -134,8 +134,8 @@ def batches(
 
     Returns
     -------
-    list of (str, str, int)
-        First and last partition key of each range, and its length.
+    list of (str, str)
+        First and last partition key of each range.
     """
     todo = set(file_keys)
     ranges: list[list[str]] = []
@@ -146,4 +146,4 @@ def batches(
                 ranges.append([])
             ranges[-1].append(key)
         previous_taken = key in todo
-    return [(keys[0], keys[-1], len(keys)) for keys in ranges]
+    return [(keys[0], keys[-1]) for keys in ranges]

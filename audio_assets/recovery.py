@@ -51,7 +51,7 @@ def next_recovery(
     """Choose what to try after a failed attempt.
 
     The classifier's own advice comes first, then whatever else helps against that type of
-    error. Nothing is tried twice but for a longer wait or another deadline.
+    error. Nothing is tried twice.
 
     Parameters
     ----------

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from robustness import circuit_breaker as module
+from robustness import breaker_store
 from robustness.circuit_breaker import (
     BreakerOptions,
     CircuitBreaker,
@@ -30,7 +30,6 @@ from robustness.log_context import log_context
 from robustness.settings import get_settings
 from robustness.state import StateStore, breaker_probes, breaker_transitions, reset_state_store
 from tests.robustness.shared_state import (
-    empty_database,
     processes,
     rows_of,
     run_in_processes,
@@ -50,16 +49,6 @@ class BadFileError(Exception):
 
 def is_outage(error: Exception) -> bool:
     return isinstance(error, OutageError)
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    yield from empty_database(request.param, tmp_path)
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> StateStore:
-    return StateStore(f"sqlite:///{tmp_path / 'robustness.db'}")
 
 
 @pytest.fixture
@@ -279,6 +268,21 @@ def test_decorator_on_functions_and_coroutine_functions() -> None:
         asyncio.run(halve_later(4))
     assert halve.__name__ == "halve"
     assert halve.breaker.get_state() is OPEN  # type: ignore[attr-defined]
+
+
+def test_what_runs_nothing_when_called_is_refused() -> None:
+    async def coroutine() -> None: ...
+
+    def generator() -> Iterator[int]:
+        yield 1
+
+    breaker = CircuitBreaker(counts=is_outage)
+    for function in (coroutine, generator):
+        with pytest.raises(TypeError, match=function.__name__):
+            breaker.call(function)
+    with pytest.raises(TypeError, match="generator"):
+        circuit_breaker()(generator)
+    assert breaker.get_stats()["success_count"] == 0
 
 
 def test_cancelled_task_says_nothing_about_the_work() -> None:
@@ -511,7 +515,7 @@ def test_settings_give_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
 # Many processes
 
 
-def make_breaker(url: str, **options: float) -> CircuitBreaker:
+def make_breaker(url: str, **options: float | StateStore) -> CircuitBreaker:
     settings: BreakerOptions = {
         "failure_threshold": 3,
         "recovery_timeout": 0.02,
@@ -543,7 +547,7 @@ def test_successes_reach_the_store_soon_and_at_exit(url: str) -> None:
 
     def succeed_and_exit() -> None:
         make_breaker(url).call(int)
-        module._flush_all()  # as at the exit of a whole interpreter
+        breaker_store.flush_all()  # as at the exit of a whole interpreter
 
     run_in_processes(4, succeed_and_exit)
     assert elsewhere.get_stats()["success_count"] == 9
@@ -553,7 +557,7 @@ def test_pending_successes_are_not_stored_again_by_a_forked_process(url: str) ->
     breaker = make_breaker(url)
     breaker.call(int)
     run_in_processes(3, breaker.call, int)
-    run_in_processes(3, module._flush_all)
+    run_in_processes(3, breaker_store.flush_all)
     assert breaker.get_stats()["success_count"] == 1
 
 
@@ -568,19 +572,30 @@ def test_success_stored_late_does_not_hide_failures_after_it(url: str) -> None:
 
 @pytest.mark.parametrize("permits", [1, 3])
 def test_ten_processes_hammer_one_breaker(url: str, permits: int) -> None:
-    """No more probes at once than permitted, and every transition follows from the last."""
+    """No more probes at once than permitted, and every transition follows from the last.
+
+    Probes last up to five times the recovery timeout: some go on while the breaker, opened by
+    another probe's failure, is half-open again.
+    """
     make_breaker(url).get_stats()
     probing = processes.Value("i", 0)
     most = processes.Value("i", 0)
     probes = processes.Value("i", 0)
+    has_closed = processes.Event()
     start = processes.Barrier(10)
 
+    def watch(transition: Transition) -> None:
+        if transition.to_state == CLOSED:
+            has_closed.set()
+
     def hammer() -> None:
+        add_transition_listener(watch)
         randomness = random.Random(os.getpid())
-        breaker = make_breaker(url, half_open_permits=permits, half_open_successes=2)
+        store = StateStore(url, lock_timeout=20)
+        breaker = make_breaker(url, half_open_permits=permits, half_open_successes=2, store=store)
         start.wait(30)
-        end = time.monotonic() + 2.5
-        while time.monotonic() < end:
+        end = time.monotonic() + 50
+        while time.monotonic() < end and not (has_closed.is_set() and probes.value >= 20):
             try:
                 permit = breaker.acquire()
             except CircuitBreakerOpenError:
@@ -591,21 +606,27 @@ def test_ten_processes_hammer_one_breaker(url: str, permits: int) -> None:
                     probing.value += 1
                     probes.value += 1
                     most.value = max(most.value, probing.value)
-                time.sleep(0.004)
+                time.sleep(randomness.uniform(0, 0.1))
                 with probing.get_lock():
                     probing.value -= 1
-            if randomness.random() < 0.4:
-                permit.failed(OutageError("struck"))
-            else:
-                permit.succeeded()
+            match randomness.random():
+                case chance if chance < 0.3:
+                    permit.failed(OutageError("struck"))
+                case chance if chance < 0.4:
+                    permit.failed(BadFileError())
+                case chance if chance < 0.5:
+                    permit.release()
+                case _:
+                    permit.succeeded()
             time.sleep(0.001)
-        assert not breaker._store.degraded
+        assert not store.degraded
 
     run_in_processes(10, hammer)
-    assert probes.value > permits
+    assert probes.value >= 20
     assert most.value == permits
 
     store = StateStore(url)
+    assert rows_of(store, breaker_probes) == []
     moves = [(row["from_state"], row["to_state"]) for row in rows_of(store, breaker_transitions)]
     allowed = {
         ("CLOSED", "OPEN"),
@@ -618,6 +639,32 @@ def test_ten_processes_hammer_one_breaker(url: str, permits: int) -> None:
     assert all(before[1] == after[0] for before, after in itertools.pairwise(moves))
     stats = make_breaker(url).get_stats()
     assert stats["rejected_count"] > 0
+
+
+def test_probe_still_running_takes_a_permit_of_the_next_half_open_state(url: str) -> None:
+    breaker = make_breaker(url, recovery_timeout=0, half_open_permits=2)
+    open_up(breaker)
+    slow, failing = breaker.acquire(), breaker.acquire()
+    failing.failed(OutageError())
+    second = breaker.acquire()
+    with pytest.raises(CircuitBreakerOpenError, match="is being probed"):
+        breaker.acquire()
+    slow.succeeded()  # began before the breaker opened again: decides nothing
+    assert breaker.get_stats()["state"] == "HALF_OPEN"
+    third = breaker.acquire()
+    second.succeeded()
+    assert breaker.get_state() is CLOSED
+    third.succeeded()
+
+
+def test_reset_takes_back_the_permits_of_probes(url: str) -> None:
+    breaker = make_breaker(url, failure_threshold=1, recovery_timeout=0)
+    open_up(breaker)
+    breaker.acquire()  # never comes back
+    breaker.reset()
+    open_up(breaker)
+    breaker.acquire().succeeded()
+    assert breaker.get_state() is CLOSED
 
 
 def test_killed_prober_gives_its_permit_back(url: str) -> None:

@@ -18,8 +18,8 @@ from typing import Final, NamedTuple
 import sqlalchemy as sa
 
 import robustness.log_context  # noqa: F401 - its fields belong on this module's log records
+from robustness.built_in_rules import BUILT_IN_RULES
 from robustness.error_rules import (
-    BUILT_IN_RULES,
     CONSEQUENCES,
     Consequences,
     ErrorSeverity,
@@ -147,7 +147,12 @@ _EXPLANATIONS: Mapping[FileState, _Explanation] = {
     FileState.NOT_AUDIO: _Explanation(
         ErrorType.UNSUPPORTED_FORMAT, _SKIP, _ABOUT_CONTENT | {ErrorType.UNKNOWN}
     ),
-    FileState.HEADER_DAMAGED: _Explanation(ErrorType.CORRUPT_FILE, _SKIP, _ABOUT_CONTENT),
+    # Something may have been put before a stream that is sound itself.
+    FileState.HEADER_DAMAGED: _Explanation(
+        ErrorType.CORRUPT_FILE,
+        Consequences(ErrorSeverity.LOW, True, False, RecoveryStrategy.FORMAT_CONVERSION),
+        _ABOUT_CONTENT,
+    ),
     # Whoever fails to decode it may have trusted the name: converted by content it may be sound.
     FileState.MISLABELLED: _Explanation(
         ErrorType.UNSUPPORTED_FORMAT,
@@ -269,7 +274,7 @@ class ErrorClassifier:
             retryable=verdict.consequences.retryable,
             systemic=verdict.consequences.systemic,
             recovery_strategy=verdict.consequences.recovery_strategy,
-            message=facts.message or type(exception).__name__,
+            message=facts.message or facts.class_name.rpartition(".")[2],
             exception_type=facts.class_name,
             context=context,
             rule=verdict.rule.name if verdict.rule else None,
@@ -529,6 +534,10 @@ def _weigh_file(
     evidence = inspect_file(path, _path(context.get("library_root")))
     explanation = _EXPLANATIONS.get(evidence.state)
     if explanation is None or verdict.error_type not in explanation.explains:
+        if isinstance(verdict.link, FileNotFoundError) and named == worked_on:
+            # It was missing a moment ago: the storage was away.
+            there = FileEvidence(evidence.state, "the file is there again")
+            return replace(verdict, consequences=_AWAY), there
         return verdict, None
     if verdict.declared and evidence.state is FileState.MISLABELLED:
         return verdict, None  # whoever declares the type has looked inside

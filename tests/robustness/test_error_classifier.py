@@ -38,6 +38,7 @@ import sqlalchemy as sa
 
 from audio_assets.errors import CorruptFileError, UnsupportedFormatError
 from robustness.adaptive_timeout import timeout_context
+from robustness.built_in_rules import BUILT_IN_RULES
 from robustness.circuit_breaker import CircuitBreaker, CircuitBreakerOpenError
 from robustness.error_classifier import (
     ErrorClassifier,
@@ -49,7 +50,6 @@ from robustness.error_classifier import (
     get_error_classifier,
 )
 from robustness.error_rules import (
-    BUILT_IN_RULES,
     ClassifierConfigError,
     rules_from_pyproject,
 )
@@ -60,13 +60,6 @@ from robustness.worker_pool import (
     WorkerPool,
     WorkerTimeoutError,
 )
-
-
-@pytest.fixture
-def store() -> Iterator[StateStore]:
-    store = StateStore()
-    yield store
-    store.close()
 
 
 @pytest.fixture

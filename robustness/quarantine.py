@@ -34,6 +34,9 @@ class QuarantinedCell:
         When (s since the epoch).
     attempts : int
         Attempts made altogether.
+    code_version : str or None
+        Version of the feature set's code it failed with, which alone it is quarantined for; None
+        for all versions.
     """
 
     content_hash: str
@@ -44,6 +47,7 @@ class QuarantinedCell:
     first_failed_at: float
     last_failed_at: float
     attempts: int
+    code_version: str | None = None
 
 
 class Quarantine:
@@ -61,14 +65,26 @@ class Quarantine:
     def __init__(self, store: StateStore | None = None) -> None:
         self._store = store or get_state_store()
 
-    def check(self, content_hash: str, feature_set: str) -> QuarantinedCell | None:
+    def check(
+        self, content_hash: str, feature_set: str, code_version: str | None = None
+    ) -> QuarantinedCell | None:
         """Return the quarantined cell, None if it is not quarantined."""
-        return self.check_many([content_hash], feature_set).get(content_hash)
+        return self.check_many([content_hash], feature_set, code_version).get(content_hash)
 
     def check_many(
-        self, content_hashes: Collection[str], feature_set: str
+        self, content_hashes: Collection[str], feature_set: str, code_version: str | None = None
     ) -> dict[str, QuarantinedCell]:
-        """Return those contents that are quarantined for a feature set, by their hashes."""
+        """Return those contents that are quarantined for a feature set, by their hashes.
+
+        Parameters
+        ----------
+        content_hashes : collection of str
+            The contents.
+        feature_set : str
+            The feature set.
+        code_version : str, optional
+            Leave out what another version of the feature set's code failed with.
+        """
         hashes = list(content_hashes)
 
         def select(connection: Connection) -> dict[str, QuarantinedCell]:
@@ -82,7 +98,11 @@ class Quarantine:
                     )
                 ).mappings()
                 found.update({row["content_hash"]: QuarantinedCell(**row) for row in rows})
-            return found
+            return {
+                content_hash: cell
+                for content_hash, cell in found.items()
+                if None in (code_version, cell.code_version) or cell.code_version == code_version
+            }
 
         return self._store.query(select)
 
@@ -95,13 +115,14 @@ class Quarantine:
         error_type: str,
         reason: str,
         attempts: int = 1,
+        code_version: str | None = None,
     ) -> None:
         """Quarantine a cell, or record that one in quarantine failed again.
 
         Parameters
         ----------
-        content_hash, feature_set, file_key, error_type, reason
-            As in `QuarantinedCell`; the latest file, error and reason are kept.
+        content_hash, feature_set, file_key, error_type, reason, code_version
+            As in `QuarantinedCell`; the latest file, error, reason and version are kept.
         attempts : int
             Attempts made since it was last recorded.
         """
@@ -117,6 +138,7 @@ class Quarantine:
                 first_failed_at=now,
                 last_failed_at=now,
                 attempts=attempts,
+                code_version=code_version,
             )
             new = insert.excluded
             connection.execute(
@@ -128,6 +150,7 @@ class Quarantine:
                         "reason": new.reason,
                         "last_failed_at": new.last_failed_at,
                         "attempts": quarantine.c.attempts + new.attempts,
+                        "code_version": new.code_version,
                     },
                 )
             )

@@ -8,6 +8,7 @@ All times are seconds since the epoch (UTC). Hosts that share a store are expect
 clocks within a second or so of each other (NTP).
 """
 
+import atexit
 import fcntl
 import logging
 import math
@@ -53,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SCHEMA_REVISION = "0001"
+SCHEMA_REVISION = "0002"
 """The newest migration; a store at this revision is used without loading alembic."""
 
 TEXT_LIMIT = 4000
@@ -207,6 +208,7 @@ quarantine = Table(
     Column("first_failed_at", Float, nullable=False),
     Column("last_failed_at", Float, nullable=False),
     Column("attempts", Integer, nullable=False),
+    Column("code_version", CleanText),
 )
 
 
@@ -493,32 +495,34 @@ def _revision(connection: Connection) -> str | None:
     return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
 
 
-_alembic = threading.Lock()
-
-
 def _migrate(connection: Connection) -> None:
     """Bring the schema up to date inside the caller's transaction.
 
     Processes that race do this one after the other; all but the first find nothing to do.
+    Alembic's environment is not used: it is global to the process, and whoever else migrates a
+    database of theirs meanwhile, as Dagster does, would get into its way.
     """
-    from alembic import command
-    from alembic.config import Config
-    from alembic.util import CommandError
+    from alembic.operations import Operations
+    from alembic.runtime.migration import MigrationContext
+    from alembic.script import ScriptDirectory
+    from alembic.script.revision import RevisionError
 
     if connection.dialect.name == "postgresql":
         connection.execute(sa.text("SET LOCAL statement_timeout = 0"))
         connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('robustness.state'))"))
-    config = Config()
-    config.set_main_option("script_location", "robustness:migrations")
-    config.attributes["connection"] = connection
+    scripts = ScriptDirectory(str(Path(__file__).parent / "migrations"))
+    context = MigrationContext.configure(connection)
     try:
-        with _alembic:  # alembic's migration context is global to the process
-            command.upgrade(config, "head")
-    except CommandError as error:
+        current = context.get_current_revision() or "base"
+        pending = list(scripts.iterate_revisions("head", current))
+    except RevisionError as error:
         raise _UnavailableError(
             f"its schema is unknown here ({error}); a newer version of this program wrote it"
         ) from error
+    for revision in reversed(pending):
+        revision.module.upgrade(Operations(context))
+    context.stamp(scripts, "head")
 
 
 class StateStore:
@@ -703,6 +707,14 @@ class StateStore:
         else:
             logger.warning("The robustness state %s is in use again.", self.url)
 
+    def _return_at_exit(self) -> None:
+        """Try the database a last time: what the fallback recorded ends with this process."""
+        with self._switching:
+            fallback, is_returning = self._fallback, self._next_try == math.inf
+            self._next_try = math.inf
+        if fallback is not None and not is_returning:
+            self._return(fallback)
+
     def _after_fork(self) -> None:
         self._database.abandon()
         if self._fallback is not None:
@@ -738,6 +750,12 @@ def _abandon_all() -> None:
 
 
 os.register_at_fork(after_in_child=_abandon_all)
+
+
+@atexit.register
+def _return_all() -> None:
+    for store in list(_stores):
+        store._return_at_exit()
 
 
 @cache

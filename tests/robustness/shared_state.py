@@ -1,40 +1,15 @@
-"""Databases and processes for tests of what many processes share."""
+"""Processes for tests of what many processes share."""
 
 import multiprocessing
-import os
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
-import pytest
 import sqlalchemy as sa
 
-from robustness.state import StateStore, metadata
-
-POSTGRES_URL = "ROBUSTNESS_TEST_POSTGRES_URL"
+from robustness.state import StateStore
 
 processes = multiprocessing.get_context("fork")
 """Children start with all modules loaded, so that they race for the database at once."""
-
-
-def empty_database(backend: str, directory: Path) -> Iterator[str]:
-    """Yield the URL of a database without tables; PostgreSQL if the environment names one."""
-    if backend == "sqlite":
-        yield f"sqlite:///{directory / 'robustness.db'}"
-        return
-    url = os.environ.get(POSTGRES_URL)
-    if url is None:
-        pytest.skip(f"{POSTGRES_URL} is not set")
-    engine = sa.create_engine(url, poolclass=sa.NullPool)
-    drop_tables(engine)
-    yield url
-    drop_tables(engine)
-
-
-def drop_tables(engine: sa.Engine) -> None:
-    with engine.begin() as connection:
-        metadata.drop_all(connection)
-        connection.execute(sa.text("DROP TABLE IF EXISTS alembic_version"))
 
 
 def run_in_processes(count: int, function: Callable[..., None], *args: object) -> None:

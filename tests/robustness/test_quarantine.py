@@ -1,17 +1,10 @@
 import time
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from robustness.quarantine import Quarantine
 from robustness.state import StateStore
-from tests.robustness.shared_state import empty_database, run_in_processes
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    yield from empty_database(request.param, tmp_path)
+from tests.robustness.shared_state import run_in_processes
 
 
 @pytest.fixture
@@ -106,3 +99,22 @@ def test_processes_that_quarantine_one_cell_at_once(url: str) -> None:
     cell = Quarantine(StateStore(url)).check("h1", "key")
     assert cell is not None
     assert cell.attempts == 12
+
+
+def test_cell_is_barred_for_the_version_of_the_code_it_failed_with(
+    quarantine: Quarantine,
+) -> None:
+    add(quarantine, "every version", "key")
+    quarantine.add(
+        "one version",
+        "key",
+        file_key="b.mp3",
+        error_type="timeout",
+        reason="hangs",
+        code_version="1",
+    )
+    hashes = ["every version", "one version"]
+    assert quarantine.check_many(hashes, "key", "1").keys() == set(hashes)
+    assert quarantine.check_many(hashes, "key", "2").keys() == {"every version"}
+    assert quarantine.check_many(hashes, "key").keys() == set(hashes)
+    assert quarantine.check("one version", "key", "2") is None

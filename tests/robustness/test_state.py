@@ -1,21 +1,26 @@
 import logging
 import os
+import pwd
 import resource
 import signal
 import sqlite3
+import subprocess
+import sys
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from multiprocessing.synchronize import Event
 from pathlib import Path
-from types import FrameType
 
 import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
+from alembic.operations import Operations
 from alembic.script import ScriptDirectory
 
 from robustness import state
+from robustness.quarantine import Quarantine
 from robustness.state import (
     SCHEMA_REVISION,
     TEXT_LIMIT,
@@ -30,18 +35,13 @@ from robustness.state import (
     reset_state_store,
     retry_budget,
 )
+from tests.robustness.postgres import PostgresServer
 from tests.robustness.shared_state import (
-    empty_database,
     processes,
     rows_of,
     run_in_processes,
     wait_until,
 )
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    yield from empty_database(request.param, tmp_path)
 
 
 @pytest.fixture
@@ -150,6 +150,29 @@ def test_migrations_lead_to_the_declared_tables(url: str) -> None:
     assert differences == []
     migrations = Path(state.__file__).parent / "migrations"
     assert ScriptDirectory(str(migrations)).get_current_head() == SCHEMA_REVISION
+
+
+def test_database_of_an_older_version_is_migrated_with_what_it_holds(url: str) -> None:
+    engine = sa.create_engine(url)
+    scripts = ScriptDirectory(str(Path(state.__file__).parent / "migrations"))
+    first = scripts.get_revision("0001")
+    assert first is not None
+    with engine.begin() as connection:
+        context = MigrationContext.configure(connection)
+        first.module.upgrade(Operations(context))
+        context.stamp(scripts, "0001")
+        connection.execute(
+            sa.text(
+                "INSERT INTO quarantine (content_hash, feature_set, file_key, error_type, reason,"
+                " first_failed_at, last_failed_at, attempts)"
+                " VALUES ('h1', 'key', 'a.mp3', 'corrupt_file', 'breaks off', 1, 2, 3)"
+            )
+        )
+    engine.dispose()
+    store = open_store(url)
+    (cell,) = Quarantine(store).list()
+    assert (cell.content_hash, cell.attempts, cell.code_version) == ("h1", 3, None)
+    assert not store.degraded
 
 
 def test_objects_work_on_in_forked_processes(url: str) -> None:
@@ -302,7 +325,9 @@ def test_one_store_per_process_and_url(monkeypatch: pytest.MonkeyPatch, tmp_path
 @pytest.fixture
 def locked(path: Path) -> Iterator[tuple[StateStore, Event]]:
     """A store whose database another process holds locked until the event is set."""
-    deposit(open_store(path), "shared")
+    store = open_store(path)
+    deposit(store, "shared")
+    store.close()  # collected in the child, its connection would undo the child's lock
     is_locked, release = processes.Event(), processes.Event()
 
     def hold() -> None:
@@ -336,6 +361,38 @@ def test_locked_database_stops_nobody_and_is_used_again(
     wait_until(lambda: (tokens_in(store), not store.degraded)[1])
     assert tokens_in(store) == {"shared": 1.0, "meanwhile": 2.0}
     wait_until(lambda: "is in use again" in caplog.text)
+
+
+SHORT_LIVED = """
+import sys
+from robustness.state import StateStore, retry_budget
+import sqlalchemy as sa
+
+store = StateStore(sys.argv[1], lock_timeout=0.1, retry_interval=3600)
+row = {"scope": "short-lived", "tokens": 1.0, "updated_at": 0.0}
+store.transact(lambda c: c.execute(sa.insert(retry_budget), row))
+print(store.degraded, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_process_that_ends_before_the_next_try_leaves_what_it_recorded(
+    path: Path, locked: tuple[StateStore, Event]
+) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SHORT_LIVED, f"sqlite:///{path}"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "True\n"
+        store, release = locked
+        release.set()
+        wait_until(lambda: (tokens_in(store), not store.degraded)[1])
+        child.communicate("\n")
+    assert child.returncode == 0
+    assert tokens_in(store) == {"shared": 1.0, "short-lived": 1.0}
 
 
 def test_shared_state_wins_over_what_one_process_knew_meanwhile(
@@ -445,22 +502,70 @@ def test_database_removed_in_use_is_made_anew(path: Path) -> None:
     assert tokens_in(open_store(path)) == {"b": 1.0}
 
 
-def test_full_disk_stops_nobody(path: Path) -> None:
+def test_full_disk_stops_nobody_and_is_used_again(path: Path) -> None:
     deposit(open_store(path), "a")
 
     def fill() -> None:
-        def ignore(_number: int, _frame: FrameType | None) -> None:
-            pass
-
-        signal.signal(signal.SIGXFSZ, ignore)
+        signal.signal(signal.SIGXFSZ, lambda _number, _frame: None)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, resource.RLIM_INFINITY))
         store = impatient_store(path)
         for _ in range(10):
             store.transact(lambda c: add_transitions(c, "x", 500))
         assert store.degraded
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        wait_until(lambda: (tokens_in(store), not store.degraded)[1])
 
     run_in_processes(1, fill)
-    assert tokens_in(open_store(path)) == {"a": 1.0}
+    store = open_store(path)
+    assert tokens_in(store) == {"a": 1.0}
+    assert len(rows_of(store, breaker_transitions)) == 5000
+
+
+@pytest.fixture
+def plain_folder() -> Iterator[Path]:
+    """A folder that a plain user can reach, as root may not be kept from writing anywhere."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+def as_plain_user(function: Callable[[], None]) -> None:
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.seteuid(pwd.getpwnam("nobody").pw_uid)
+    function()
+
+
+def test_read_only_database_stops_nobody_and_is_used_again(plain_folder: Path) -> None:
+    path = plain_folder / "robustness.db"
+    store = open_store(path)
+    deposit(store, "shared")
+    store.close()
+    files = [plain_folder, *plain_folder.iterdir()]
+    for file in files:
+        file.chmod(file.stat().st_mode & 0o555)
+    degraded = processes.Event()
+    writable = processes.Event()
+
+    def use() -> None:
+        store = impatient_store(path)
+        deposit(store, "meanwhile")
+        assert store.degraded
+        assert tokens_in(store) == {"meanwhile": 1.0}
+        degraded.set()
+        assert writable.wait(30)
+        wait_until(lambda: (tokens_in(store), not store.degraded)[1])
+        assert tokens_in(store) == {"shared": 1.0, "meanwhile": 1.0}
+
+    child = processes.Process(target=as_plain_user, args=(use,))
+    child.start()
+    assert degraded.wait(30)
+    for file in files:
+        file.chmod(file.stat().st_mode | 0o666)
+    plain_folder.chmod(0o777)
+    writable.set()
+    child.join(60)
+    assert child.exitcode == 0
 
 
 def test_place_that_cannot_hold_a_database(tmp_path: Path) -> None:
@@ -497,9 +602,8 @@ def test_database_of_a_newer_version_is_left_alone(
 
 
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[sa.Engine]:
-    for url in empty_database("postgresql", tmp_path):
-        yield sa.create_engine(url, poolclass=sa.NullPool)
+def server(postgres_url: str) -> sa.Engine:
+    return sa.create_engine(postgres_url, poolclass=sa.NullPool)
 
 
 def test_server_that_ends_its_connections(server: sa.Engine) -> None:
@@ -527,3 +631,67 @@ def test_server_without_an_answer_in_time(server: sa.Engine) -> None:
         assert store.degraded
     wait_until(lambda: (tokens_in(store), not store.degraded)[1])
     assert tokens_in(store) == {"a": 1.0, "b": 1.0}
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGQUIT], ids=["in order", "crash"])
+def test_server_that_is_stopped_and_started_again(
+    postgres: PostgresServer,
+    postgres_url: str,
+    how: signal.Signals,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store = StateStore(postgres_url, lock_timeout=1, retry_interval=0.05)
+    deposit(store, "before")
+    postgres.stop(how)
+    try:
+        for _ in range(3):
+            deposit(store, "meanwhile")
+        assert store.degraded
+        assert tokens_in(store) == {"meanwhile": 3.0}
+        newcomer = StateStore(postgres_url, lock_timeout=1, retry_interval=0.05)
+        deposit(newcomer, "newcomer")
+        assert newcomer.degraded
+    finally:
+        postgres.start()
+    for one in (store, newcomer):
+        wait_until(lambda one=one: (tokens_in(one), not one.degraded)[1])  # type: ignore[misc]
+    everything = {"before": 1.0, "meanwhile": 3.0, "newcomer": 1.0}
+    wait_until(lambda: tokens_in(open_store(postgres_url)) == everything)
+    assert "cannot be used" in caplog.text
+    wait_until(lambda: caplog.text.count("is in use again") == 2)
+
+
+def test_ten_processes_go_through_a_restart_of_the_server(
+    postgres: PostgresServer, postgres_url: str
+) -> None:
+    deposit(open_store(postgres_url), "shared", 0.0)
+    stopped, started = processes.Event(), processes.Event()
+    all_degraded = processes.Barrier(11)
+
+    def work() -> None:
+        store = StateStore(postgres_url, lock_timeout=1, retry_interval=0.05)
+        own = str(os.getpid())
+        deposit(store, own)
+        assert stopped.wait(30)
+        store.transact(lambda c: add_transitions(c, own, 10))
+        assert store.degraded
+        all_degraded.wait(60)
+        assert started.wait(60)
+        wait_until(lambda: (tokens_in(store), not store.degraded)[1])
+
+    children = [processes.Process(target=work) for _ in range(10)]
+    for child in children:
+        child.start()
+    store = open_store(postgres_url)
+    wait_until(lambda: len(tokens_in(store)) == 11)
+    postgres.stop()
+    stopped.set()
+    try:
+        all_degraded.wait(60)
+    finally:
+        postgres.start()
+    started.set()
+    for child in children:
+        child.join(60)
+    assert [child.exitcode for child in children] == [0] * 10
+    assert len(rows_of(store, breaker_transitions)) == 100

@@ -1,13 +1,13 @@
 """The tables of the state store."""
 
 import sqlalchemy as sa
-from alembic import op
+from alembic.operations import Operations
 
 revision = "0001"
 down_revision = None
 
 
-def upgrade() -> None:
+def upgrade(op: Operations) -> None:
     """Create every table."""
     op.create_table(
         "circuit_breakers",

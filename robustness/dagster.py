@@ -10,6 +10,7 @@ from dagster import DagsterLogManager, Failure, RetryPolicy
 
 from robustness.error_classifier import get_error_classifier
 from robustness.log_context import FIELDS, log_context
+from robustness.settings import get_settings
 from robustness.smart_retry import RetryStrategy, get_retry_manager, unchanged
 
 
@@ -65,7 +66,8 @@ class SmartRetryPolicy(RetryPolicy):
         Raises
         ------
         dagster.Failure
-            If what the step raised is not retryable.
+            If what the step raised is not retryable, or asks for a wait that is longer than
+            ROBUSTNESS_RETRY_TOTAL_SECONDS.
         BaseException
             The interruption, if that is what ended the step.
         """
@@ -75,9 +77,18 @@ class SmartRetryPolicy(RetryPolicy):
         info = None
         if error is not None:
             info = get_error_classifier().classify(error, {"operation": self.operation})
+            longest = get_settings().retry_total_seconds
+            no_use = None
             if not info.retryable:
+                no_use = "it would fail again"
+            elif (info.retry_after or 0.0) > longest:
+                no_use = (
+                    f"it should wait {info.retry_after:.0f} s, and "
+                    f"ROBUSTNESS_RETRY_TOTAL_SECONDS is {longest:g}"
+                )
+            if no_use:
                 raise Failure(
-                    description=f"Not retried, as it would fail again: {info.reason}",
+                    description=f"Not retried, as {no_use}: {info.reason}",
                     metadata={"error_type": info.error_type.value, "severity": info.severity.value},
                     allow_retries=False,
                 ) from error

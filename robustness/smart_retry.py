@@ -384,7 +384,14 @@ class SmartRetryManager:
         -------
         RetryResult
             What came of it; errors are in there, not raised.
+
+        Raises
+        ------
+        TypeError
+            If the function is a coroutine function: `retry_async` is for those.
         """
+        if inspect.iscoroutinefunction(function):
+            raise TypeError(f"{_name(function)} is a coroutine function: use retry_async")
         work = _Work(self, function, RetryStrategy(strategy), max_attempts, timeout, options)
         loop = Retrying(
             retry=work.should_retry,

@@ -298,6 +298,7 @@ class WorkerPool:
         /,
         *args: *Ts,
         timeout: float | Mapping[str, float],
+        fresh_worker: bool = False,
     ) -> WorkerFuture[T]:
         """Queue a task.
 
@@ -310,6 +311,9 @@ class WorkerPool:
         timeout : float or mapping of str to float
             Seconds the task may take in all, or the stages it passes through with the seconds for
             each: it starts in the first and enters others by `report_stage`.
+        fresh_worker : bool
+            Run it in a new process, with no connection open and nothing left behind by another
+            task.
 
         Returns
         -------
@@ -332,7 +336,7 @@ class WorkerPool:
         with self._changed:
             if self._closing:
                 raise RuntimeError("the worker pool is closed")
-            self._tasks.append(_Task(fn, args, timeout, future))
+            self._tasks.append(_Task(fn, args, timeout, future, fresh_worker))
             self._changed.notify_all()
         return future
 
@@ -422,6 +426,9 @@ class WorkerPool:
                 task = self._next_task()
                 if task is None:
                     break
+                if task.fresh_worker and worker is not None:
+                    self._discard(worker, grace=_EXIT_SECONDS)
+                    worker = None
                 worker = self._run(task, worker)
             if worker is not None:
                 self._discard(worker, grace=_EXIT_SECONDS)
@@ -599,6 +606,7 @@ class _Task(NamedTuple):
     args: tuple[object, ...]
     timeout: float | Mapping[str, float]
     future: WorkerFuture[Any]
+    fresh_worker: bool
 
 
 class _Progress:

@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing.connection import Connection
@@ -26,21 +27,54 @@ def pickled(value: object) -> bytes:
 class RemoteError(Exception):
     """Stands for an exception of a worker that cannot be sent to another process.
 
+    It has those attributes of the original that a classifier goes by and that are text, numbers
+    or truth values: `errno`, `error_type`, `retry_after` and the like, its own and its class's.
+
     Parameters
     ----------
-    type_name : str
-        Full name of its class, for instance ``package.module.SomeError``.
+    type_names : tuple of str
+        Full names of its class, for instance ``package.module.SomeError``, and of its base
+        classes, in the order of the method resolution.
     message : str
         Its text.
     """
 
-    def __init__(self, type_name: str, message: str) -> None:
-        super().__init__(type_name, message)
-        self.type_name = type_name
+    def __init__(self, type_names: tuple[str, ...], message: str) -> None:
+        super().__init__(type_names, message)
+        self.type_names = type_names
         self.message = message
 
     def __str__(self) -> str:
-        return f"{self.type_name}: {self.message}"
+        return f"{self.type_names[0]}: {self.message}"
+
+    @classmethod
+    def standing_for(cls, error: BaseException) -> Self:
+        """Make a stand-in; never fails, whatever the exception's own code does."""
+        classes = type(error).__mro__[:-1]  # without object
+        try:
+            message = str(error)
+        except Exception:  # noqa: BLE001
+            message = ""
+        names = tuple(f"{kind.__module__}.{kind.__qualname__}" for kind in classes)
+        stand_in = cls(names, message)
+        for name in (*vars(error), *_TELLING_ATTRIBUTES):
+            if name.startswith("__") or hasattr(stand_in, name):
+                continue
+            with suppress(Exception):
+                value = getattr(error, name)
+                for kind in (bool, int, float, str):
+                    if isinstance(value, kind):
+                        setattr(stand_in, name, kind(value))  # a subclass may not be picklable
+                        break
+        return stand_in
+
+
+# Attributes that need not be in an exception's own dictionary: of classes, or kept in C.
+_TELLING_ATTRIBUTES = (
+    *("error_type", "retryable", "systemic", "retry_after"),
+    *("errno", "filename", "code", "sqlstate", "sqlite_errorname"),
+    *("exitcode", "returncode", "exit_code"),
+)
 
 
 @dataclass(frozen=True)
@@ -93,8 +127,7 @@ def _sendable(error: BaseException) -> bytes:
     # SystemExit and its like are not to be raised in the parent.
     if faithful and isinstance(error, Exception):
         return data
-    kind = type(error)
-    return pickled(RemoteError(f"{kind.__module__}.{kind.__qualname__}", str(error)))
+    return pickled(RemoteError.standing_for(error))
 
 
 class Kind(Enum):

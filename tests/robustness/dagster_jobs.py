@@ -25,6 +25,13 @@ class FlakyError(Exception):
     """Goes away when tried again."""
 
 
+class BusyError(Exception):
+    """A server that wants to be left alone."""
+
+    error_type = "NETWORK"
+    retry_after = 86400.0
+
+
 @op(retry_policy=POLICY)
 def work(context: OpExecutionContext, config: Trace) -> None:
     with Path(config.path).open("a") as trace:
@@ -48,6 +55,8 @@ def work(context: OpExecutionContext, config: Trace) -> None:
             breaker = CircuitBreaker("adapter test", failure_threshold=1, recovery_timeout=1.3)
             breaker.force_open()
             breaker.call(dict)
+        case "asks for a day":
+            raise BusyError
         case "logs":
             breaker = CircuitBreaker("logging test", failure_threshold=1, recovery_timeout=60)
             with log_to(context.log, context.run_id), log_context(file="a.flac", attempt=1):

@@ -111,6 +111,17 @@ def test_an_open_breaker_is_waited_for(instance: DagsterInstance, tmp_path: Path
     assert 1 < waits(result)[0] <= 1.3
 
 
+def test_a_wait_beyond_all_bounds_is_not_begun(instance: DagsterInstance, tmp_path: Path) -> None:
+    result = run("in_process", "asks for a day", instance, tmp_path)
+    assert attempts(tmp_path) == 1
+    (failure,) = result.get_step_failure_events()
+    data = failure.step_failure_data.user_failure_data
+    assert data is not None
+    assert "it should wait 86400 s, and ROBUSTNESS_RETRY_TOTAL_SECONDS is 1800" in str(
+        data.description
+    )
+
+
 def test_interrupted_step_is_not_retried(instance: DagsterInstance, tmp_path: Path) -> None:
     result = run("in_process", "interrupted", instance, tmp_path)
     assert not result.success

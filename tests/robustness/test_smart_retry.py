@@ -35,13 +35,6 @@ from robustness.state import StateStore, errors, retry_budget, retry_outcomes
 
 
 @pytest.fixture
-def store() -> Iterator[StateStore]:
-    store = StateStore()
-    yield store
-    store.close()
-
-
-@pytest.fixture
 def manager(store: StateStore) -> SmartRetryManager:
     return manager_on(store)
 
@@ -499,3 +492,12 @@ class TestLearning:
 
 def test_one_manager_per_process() -> None:
     assert get_retry_manager() is get_retry_manager()
+
+
+def test_coroutine_functions_are_refused_where_nothing_awaits_them(
+    manager: SmartRetryManager,
+) -> None:
+    async def later() -> None: ...
+
+    with pytest.raises(TypeError, match="use retry_async"):
+        manager.retry(later)

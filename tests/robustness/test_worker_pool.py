@@ -10,12 +10,15 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from robustness import worker_pool
+from robustness.error_classifier import ErrorClassifier, ErrorInfo, ErrorType
+from robustness.state import StateStore
 from robustness.worker_pool import (
     RemoteError,
     WorkerCrashedError,
@@ -204,8 +207,41 @@ def test_an_exception_arrives_with_its_chain_and_its_traceback(pool: WorkerPool)
 def test_an_exception_that_cannot_be_sent_is_stood_for(pool: WorkerPool) -> None:
     with pytest.raises(RemoteError) as caught:
         pool.submit(tasks.fail, "odd", timeout=AMPLE).result()
-    assert caught.value.type_name == "tests.robustness.worker_tasks.OddError"
+    assert caught.value.type_names == (
+        "tests.robustness.worker_tasks.OddError",
+        "builtins.Exception",
+        "builtins.BaseException",
+    )
     assert caught.value.message == "a file, line 3"
+    assert "worker_tasks.py" in caught.value.__notes__[0]
+
+
+@pytest.mark.parametrize("kind", tasks.UNSENDABLE)
+def test_what_cannot_be_sent_is_classified_as_if_it_had_been(pool: WorkerPool, kind: str) -> None:
+    classifier = ErrorClassifier((), store=StateStore())
+    arrived = pool.submit(tasks.fail, kind, timeout=AMPLE).exception()
+    assert isinstance(arrived, RemoteError)
+    with pytest.raises(Exception) as caught:  # noqa: PT011
+        tasks.fail(kind)
+    here, there = classifier.classify(caught.value), classifier.classify(arrived)
+    assert replace(there, at=here.at) == here
+    assert_unharmed(pool)
+
+
+def test_a_stand_in_has_what_the_classifier_goes_by(pool: WorkerPool) -> None:
+    def arrived(kind: str) -> ErrorInfo:
+        error = pool.submit(tasks.fail, kind, timeout=AMPLE).exception()
+        assert isinstance(error, RemoteError)
+        return ErrorClassifier((), store=StateStore()).classify(error)
+
+    full = arrived("disk full")
+    assert (full.rule, full.error_type) == ("no space left", ErrorType.SYSTEM_RESOURCE)
+    declared = arrived("declared by the class")
+    assert (declared.error_type, declared.retry_after) == (ErrorType.NETWORK, 7.5)
+    assert not declared.systemic
+    assert arrived("declared by the instance").error_type is ErrorType.CORRUPT_FILE
+    assert arrived("local, network").error_type is ErrorType.NETWORK
+    assert arrived("local, memory").error_type is ErrorType.MEMORY
 
 
 def test_a_task_cannot_end_its_worker_by_raising(pool: WorkerPool) -> None:

@@ -1,13 +1,16 @@
 """Tasks for workers: their module is imported in each worker, so it imports little."""
 
 import ctypes
+import errno
 import gc
 import mmap
 import os
 import signal
+import sqlite3
 import struct
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -103,15 +106,61 @@ class OddError(Exception):
         super().__init__(f"{path}, line {line}")
 
 
+class DiskFullError(OSError):
+    """Holds what cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), "/scratch/track.pcm")
+        self.lock = threading.Lock()
+
+
+class MaintenanceError(OddError):
+    """Declares its type and when to come back, as attributes of the class."""
+
+    error_type = "NETWORK"
+    retry_after = 7.5
+    systemic = False
+
+
+class DamagedError(OddError):
+    """Declares its type on the instance; its text cannot be made."""
+
+    def __init__(self) -> None:
+        super().__init__("a file", 3)
+        self.error_type = "CORRUPT_FILE"
+
+    def __str__(self) -> str:
+        raise LookupError("no text")
+
+
+def local_error(base: type[Exception]) -> Exception:
+    class LocalError(base):  # type: ignore[valid-type, misc]
+        """Known to nobody outside this function."""
+
+    return LocalError("struck")
+
+
+UNSENDABLE: dict[str, Callable[[], Exception]] = {
+    "odd": lambda: OddError("a file", 3),
+    "disk full": DiskFullError,
+    "declared by the class": lambda: MaintenanceError("a file", 3),
+    "declared by the instance": DamagedError,
+    "local, network": lambda: local_error(ConnectionError),
+    "local, memory": lambda: local_error(MemoryError),
+    "local, timeout": lambda: local_error(TimeoutError),
+    "local, SQLite": lambda: local_error(sqlite3.Error),
+    "local, unknown": lambda: local_error(Exception),
+}
+"""Exceptions that do not survive the way to another process."""
+
+
 def fail(kind: str) -> None:
     if kind == "chained":
         try:
             raise FileNotFoundError(2, "No such file or directory", "/nowhere")
         except FileNotFoundError as error:
             raise ValueError("cannot use it") from error
-    if kind == "odd":
-        raise OddError("a file", 3)
-    raise AssertionError(kind)
+    raise UNSENDABLE[kind]()
 
 
 def unpicklable() -> object:

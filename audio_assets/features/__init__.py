@@ -1,21 +1,23 @@
-"""The nine feature sets, by name."""
+"""The feature sets, by name."""
 
-from audio_assets.features import (
-    chroma,
-    danceability,
-    key,
-    loudness,
-    metadata,
-    mfcc,
-    musicnn,
-    rhythm,
-    spectral,
-)
+from importlib import import_module
+
 from audio_assets.features.base import FeatureSet
 
+_MODULES = (
+    "metadata",
+    "loudness",
+    "danceability",
+    "key",
+    "chroma",
+    "mfcc",
+    "spectral",
+    "rhythm",
+    "musicnn",
+)
+
 FEATURE_SETS: dict[str, FeatureSet] = {
-    module.FEATURE_SET.name: module.FEATURE_SET
-    for module in (metadata, loudness, danceability, key, chroma, mfcc, spectral, rhythm, musicnn)
+    module: import_module(f"audio_assets.features.{module}").FEATURE_SET for module in _MODULES
 }
 """All feature sets by name, the cheap ones first."""
 

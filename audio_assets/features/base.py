@@ -62,6 +62,11 @@ class FeatureSet:
         Changes when the values it computes change; rows of another version are computed again.
     reads_pcm : bool
         Whether the extractors need decoded audio; False where they read the file itself.
+    kinds : frozenset of str
+        Kinds of the asset in the Dagster UI.
+    picture : callable, optional
+        Draws a row for the Dagster UI, with the functions of `audio_assets.pictures`; returns
+        None where there is nothing to draw.
     """
 
     name: str
@@ -77,6 +82,7 @@ class FeatureSet:
     code_version: str = "1"
     reads_pcm: bool = True
     kinds: frozenset[str] = field(default_factory=lambda: frozenset({"python", "essentia"}))
+    picture: Callable[[Row], str | None] | None = None
 
 
 def check_row(feature_set: FeatureSet, row: Mapping[str, Any]) -> None:

@@ -8,6 +8,7 @@ from audio_assets.audio import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia, per_frame
 from audio_assets.features.statistics import is_silent, mean_and_std, pool_moments, weighted_mean
+from audio_assets.pictures import columns
 
 FRAME_SIZE = 4096
 HOP_SIZE = 2048
@@ -66,6 +67,10 @@ def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
     }
 
 
+def _picture(row: Row) -> str | None:
+    return columns(row["mean"], "A BC D EF G ")
+
+
 FEATURE_SET = FeatureSet(
     name="chroma",
     description=(
@@ -84,4 +89,5 @@ FEATURE_SET = FeatureSet(
     combine=_combine,
     headline="tuning_hz",
     plotted=("tuning_hz",),
+    picture=_picture,
 )

@@ -10,6 +10,7 @@ from audio_assets.audio import SAMPLE_RATE, Audio
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
 from audio_assets.features.statistics import is_silent, weighted_mean
+from audio_assets.pictures import curve
 
 _FRAME = SAMPLE_RATE // 100
 _SEGMENTS = [int(310 * 1.1**i / 10) for i in range(36)]
@@ -74,6 +75,12 @@ def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
     return _row([exponent for exponent in dfa if exponent is not None])
 
 
+def _picture(row: Row) -> str | None:
+    """Draw the scaling exponent over the length of the segments."""
+    exponents = row["dfa_exponents"] or []
+    return curve([length / 100 for length in _SEGMENTS[: len(exponents)]], exponents, " s")
+
+
 FEATURE_SET = FeatureSet(
     name="danceability",
     description=(
@@ -96,5 +103,6 @@ FEATURE_SET = FeatureSet(
     combine=_combine,
     headline="danceability",
     plotted=("danceability",),
+    picture=_picture,
     alternative="numpy",
 )

@@ -9,6 +9,7 @@ from audio_assets.audio import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
 from audio_assets.features.statistics import is_silent, weighted_mean
+from audio_assets.pictures import bars
 
 SECOND_PROFILE = "temperley"
 
@@ -127,6 +128,15 @@ def _vote(
     return key, scale, strength or 0.0
 
 
+def _picture(row: Row) -> str | None:
+    return bars(
+        {
+            f"{row['key']} {row['scale']}": row["strength"],
+            f"or {row['second_key']} {row['second_scale']}": row["second_strength"],
+        }
+    )
+
+
 FEATURE_SET = FeatureSet(
     name="key",
     description=(
@@ -154,4 +164,5 @@ FEATURE_SET = FeatureSet(
     combine=_combine,
     headline="key",
     plotted=("strength", "second_strength"),
+    picture=_picture,
 )

@@ -11,6 +11,7 @@ from audio_assets.audio import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
 from audio_assets.features.statistics import finite, is_silent, largest, weighted_mean
+from audio_assets.pictures import bars
 
 _ABSOLUTE_GATE_LUFS = -70.0
 _SILENCE_LUFS = -120.0
@@ -228,6 +229,16 @@ def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
     }
 
 
+def _picture(row: Row) -> str | None:
+    levels = {
+        "integrated": row["integrated_lufs"],
+        "short-term max": row["short_term_max_lufs"],
+        "momentary max": row["momentary_max_lufs"],
+        "true peak": row["true_peak_dbtp"],
+    }
+    return bars(levels, " dB", low=_ABSOLUTE_GATE_LUFS)
+
+
 FEATURE_SET = FeatureSet(
     name="loudness",
     description=(
@@ -262,4 +273,5 @@ FEATURE_SET = FeatureSet(
     headline="integrated_lufs",
     plotted=("integrated_lufs", "loudness_range_lu", "true_peak_dbtp", "dynamic_complexity_db"),
     alternative="scipy",
+    picture=_picture,
 )

@@ -8,6 +8,7 @@ from audio_assets.audio import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia, per_frame
 from audio_assets.features.statistics import mean_and_std, pool_moments
+from audio_assets.pictures import columns
 
 FRAME_SIZE = 2048
 HOP_SIZE = 1024
@@ -59,6 +60,11 @@ def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
     return pool_moments(rows, durations, "mean", "std")
 
 
+def _picture(row: Row) -> str | None:
+    # The first coefficient follows the level and would dwarf the others.
+    return columns((row["mean"] or [])[1:])
+
+
 FEATURE_SET = FeatureSet(
     name="mfcc",
     description=(
@@ -81,4 +87,5 @@ FEATURE_SET = FeatureSet(
     combine=_combine,
     headline="mean",
     plotted=(),
+    picture=_picture,
 )

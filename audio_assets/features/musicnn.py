@@ -31,6 +31,7 @@ from audio_assets.audio import Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
 from audio_assets.features.statistics import is_silent
+from audio_assets.pictures import bars
 
 SAMPLE_RATE = 16_000
 FRAME_SIZE = 512
@@ -204,6 +205,11 @@ def mel_power_librosa(samples: Samples) -> NDArray[np.float32]:
     return power.T
 
 
+def _picture(row: Row) -> str | None:
+    activations = dict(row["msd_tags"] or {})
+    return bars({tag: activations[tag] for tag in row["top_tags"] or []})
+
+
 FEATURE_SET = FeatureSet(
     name="musicnn",
     description=(
@@ -248,4 +254,5 @@ FEATURE_SET = FeatureSet(
     headline="top_tag",
     plotted=("patches",),
     kinds=frozenset({"python", "essentia", "onnx"}),
+    picture=_picture,
 )

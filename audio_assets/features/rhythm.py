@@ -1,7 +1,7 @@
 """Tempo, beats and onsets."""
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -9,6 +9,7 @@ from audio_assets.audio import SAMPLE_RATE, Audio
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
 from audio_assets.features.statistics import is_silent, weighted_mean
+from audio_assets.pictures import curve
 
 _HOP_SIZE = 512
 
@@ -70,6 +71,13 @@ def _weighted_median(values: Sequence[float | None], weights: Sequence[float]) -
     return known[int(np.searchsorted(reached, reached[-1] / 2))][0]
 
 
+def _picture(row: Row) -> str | None:
+    """Draw the tempo over time, from beat to beat."""
+    steps = [(left, right) for left, right in pairwise(row["beats"]) if right > left]
+    tempo = [60 / (right - left) for left, right in steps]
+    return curve([left for left, _ in steps], tempo, " s", " bpm")
+
+
 FEATURE_SET = FeatureSet(
     name="rhythm",
     description=(
@@ -95,4 +103,5 @@ FEATURE_SET = FeatureSet(
     combine=_combine,
     headline="bpm",
     plotted=("bpm", "beat_confidence", "onset_rate"),
+    picture=_picture,
 )

@@ -9,6 +9,7 @@ from audio_assets.audio import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import Frames, essentia, per_frame
 from audio_assets.features.statistics import is_silent, mean_and_std, pool_moments
+from audio_assets.pictures import bars
 
 FRAME_SIZE = 2048
 HOP_SIZE = 1024
@@ -150,6 +151,10 @@ def _columns() -> tuple[Column, ...]:
     return tuple(columns)
 
 
+def _picture(row: Row) -> str | None:
+    return bars({name: row[f"{name}_mean"] for name in ("centroid", "spread", "rolloff")}, " Hz")
+
+
 FEATURE_SET = FeatureSet(
     name="spectral",
     description=(
@@ -162,5 +167,6 @@ FEATURE_SET = FeatureSet(
     extract_alternative=_extract_alternative,
     combine=_combine,
     headline="centroid_mean",
+    picture=_picture,
     plotted=("centroid_mean", "rolloff_mean", "flux_mean", "flatness_mean"),
 )

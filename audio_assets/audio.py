@@ -4,11 +4,15 @@
 memory does not grow with the file. Every feature set then opens that array as an `Audio`.
 """
 
+import errno
 import json
 import os
+import re
+import shutil
 import struct
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import BinaryIO, Literal, cast
@@ -17,6 +21,8 @@ import av
 import numpy as np
 import soundfile
 import soxr
+from mutagen import MutagenError
+from mutagen.mp3 import MPEGInfo
 from numpy.typing import NDArray
 
 from audio_assets.errors import CorruptFileError, DecoderError, UnsupportedFormatError
@@ -25,7 +31,7 @@ SAMPLE_RATE = 44100
 """Sample rate (Hz) of all decoded audio."""
 
 Samples = NDArray[np.float32]
-DecoderName = Literal["av", "soundfile"]
+DecoderName = Literal["av", "soundfile", "salvage"]
 
 # From 48 kHz, "HQ" departs from "VHQ" by -91 dB below 0.8 of the band and -79 dB up to 0.92 of it,
 # above the noise of 16-bit audio, to save about 0.05 s on 205 s of stereo (white noise, soxr 1.1).
@@ -50,6 +56,17 @@ _SIGNATURES_SOUNDFILE = (b"RIFF", b"RF64", b"FORM", b"fLaC", b"OggS", b"ID3")
 _ASF_SIGNATURE = b"\x30\x26\xb2\x75"
 _MATROSKA_SIGNATURE = b"\x1a\x45\xdf\xa3"
 _SIGNATURES_AV = (*_SIGNATURES_SOUNDFILE, _ASF_SIGNATURE, _MATROSKA_SIGNATURE)
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+# How far into a file a stream is looked for, and how one begins whose frames have no pattern.
+_SALVAGE_BYTES = 4 << 20
+_STREAM_START = re.compile(
+    rb"fLaC\0\0\0\x22|OggS\0\x02|R(?:IFF|F64)....WAVE|FORM....AIF[FC]|caff\0\x01\0\0"
+    rb"|\x30\x26\xb2\x75\x8e\x66\xcf\x11|\x1a\x45\xdf\xa3|\0\0\0.ftyp",
+    re.DOTALL,
+)
+
 _ASF_FILE_PROPERTIES = bytes.fromhex("a1dcab8c47a9cf118ee400c00c205365")
 
 _WAVE_CHANNELS = {
@@ -80,7 +97,7 @@ class SourceInfo:
     duration_s : float
         Length of the decoded audio (s).
     decoder : str
-        ``av`` or ``soundfile``.
+        ``av``, ``soundfile`` or ``salvage``.
     non_finite : int
         Samples that were NaN or infinite and were set to 0.
     """
@@ -205,8 +222,9 @@ def decode(path: Path, target: Path, *, decoder: DecoderName = "av") -> SourceIn
     target : Path
         Where to write: ``.npy``, float32, C order, shape (samples, 1 or 2). It appears whole or
         not at all. The `SourceInfo` is kept beside it as ``<target>.json``.
-    decoder : {"av", "soundfile"}
-        FFmpeg (through PyAV) or libsndfile.
+    decoder : {"av", "soundfile", "salvage"}
+        FFmpeg (through PyAV), libsndfile, or FFmpeg from where an audio stream begins within the
+        file: it passes over whatever was put before it.
 
     Returns
     -------
@@ -224,9 +242,44 @@ def decode(path: Path, target: Path, *, decoder: DecoderName = "av") -> SourceIn
     OSError
         If the file cannot be read or the target cannot be written.
     """
-    open_stream = _open_with_av if decoder == "av" else _open_with_soundfile
-    with open_nameless(path) as file, open_stream(file) as stream:
-        return _write(stream, file, target, decoder)
+    open_stream = _open_with_soundfile if decoder == "soundfile" else _open_with_av
+    with open_nameless(path) as file, ExitStack() as stack:
+        if decoder == "salvage":
+            file = stack.enter_context(_from_first_stream(file, target))
+        return _write(stack.enter_context(open_stream(file)), file, target, decoder)
+
+
+@contextmanager
+def _from_first_stream(file: BinaryIO, target: Path) -> Iterator[BinaryIO]:
+    """Copy what follows the junk before a file's audio stream, and open the copy.
+
+    Raises
+    ------
+    UnsupportedFormatError
+        If no stream begins in the first `_SALVAGE_BYTES`.
+    """
+    start = _start_of_stream(file)
+    with tempfile.TemporaryFile(dir=target.parent) as copy:
+        file.seek(start)
+        shutil.copyfileobj(file, copy, 1 << 20)
+        copy.seek(0)
+        yield cast("BinaryIO", copy)
+
+
+def _start_of_stream(file: BinaryIO) -> int:
+    file.seek(0)
+    head = file.read(_SALVAGE_BYTES)
+    starts = [match.start() for match in _STREAM_START.finditer(head)]
+    try:
+        frames = MPEGInfo(file)
+    except MutagenError:
+        pass
+    else:
+        if not frames.sketchy and frames.frame_offset < _SALVAGE_BYTES:
+            starts.append(frames.frame_offset)
+    if not starts:
+        raise UnsupportedFormatError("holds no audio stream that any decoder knows")
+    return min(starts)
 
 
 def open_nameless(path: Path) -> BinaryIO:
@@ -425,6 +478,10 @@ def _write(stream: _Stream, file: BinaryIO, target: Path, decoder: str) -> Sourc
         temporary_info.write_text(json.dumps(asdict(source)), "utf-8")
         temporary_info.replace(_source_info_path(target))
         temporary.replace(target)
+    except OSError as error:
+        if error.errno in _DISK_FULL and error.filename is None:
+            error.filename = str(target)  # writing says why it failed, not where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
         temporary_info.unlink(missing_ok=True)

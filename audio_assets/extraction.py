@@ -2,6 +2,7 @@
 
 For each cell: is it done already, is it quarantined, does the breaker let it through, how long
 may it take; then attempts in worker processes until one succeeds or nothing is left to try.
+What goes another way is tried at once; what must wait is deferred, and the op comes back for it.
 A cell's outcome is told only when its row is durable in the landing.
 """
 
@@ -10,19 +11,24 @@ import queue
 import time
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from enum import StrEnum
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 
-from audio_assets.backlog import inventory_row, known_identities
+from audio_assets.cells import Cell, CellOutcome, CellStatus, Wait
 from audio_assets.features.base import FeatureSet, Row
-from audio_assets.file_keys import FileKeyError, decode_key
+from audio_assets.identification import Identification, file_context
 from audio_assets.library import Library
-from audio_assets.recovery import AttemptOptions, apply_recovery, next_recovery
+from audio_assets.recovery import (
+    WAITS,
+    AttemptOptions,
+    apply_recovery,
+    is_files_own_fault,
+    next_recovery,
+)
 from audio_assets.scratch import Scratch
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import ATTEMPTS, FILES, feature_table
-from audio_assets.worker import STAGES, CellResult, CellTask, Identity, identify, run_attempt
+from audio_assets.worker import STAGES, CellResult, CellTask, run_attempt, storage_problem
 from robustness.adaptive_timeout import TimeoutDecision, get_timeout_manager
 from robustness.circuit_breaker import (
     CircuitBreaker,
@@ -40,82 +46,42 @@ from robustness.error_classifier import (
 from robustness.log_context import log_context
 from robustness.quarantine import Quarantine, QuarantinedCell
 from robustness.settings import get_settings
-from robustness.smart_retry import RetryStrategy, get_retry_manager
+from robustness.smart_retry import RetryStrategy, get_retry_manager, unchanged
+from robustness.state import get_state_store
 from robustness.worker_pool import Measurement, WorkerFuture, WorkerPool, WorkerTimeoutError
 
 FLUSH_S = 2.0
 """Rows wait at most this long before they are made durable (s)."""
 
+SAVE_ATTEMPTS = 3
+SAVE_S = 10.0
+"""Tries to make rows durable, and the time for them (s), before the cells are put off."""
 
-class CellStatus(StrEnum):
-    """What became of a cell in this run."""
-
-    MATERIALIZED = "materialized"
-    REUSED = "reused"
-    FAILED = "failed"
-    DEFERRED = "deferred"
-
-
-@dataclass(frozen=True)
-class CellOutcome:
-    """What became of one cell.
-
-    Parameters
-    ----------
-    file_key : str
-        The file's partition key.
-    status : CellStatus
-        ``materialized`` and ``reused`` cells have a durable row.
-    row : dict or None
-        The row, if there is one.
-    error : ErrorInfo or None
-        Why it failed or was deferred.
-    attempts : int
-        Attempts made.
-    recoveries : tuple of str
-        Recovery strategies tried, in order.
-    retry_after : float
-        For a deferred cell, when to come back (s).
-    audio_s : float
-        Audio analysed for it in this run (s).
-    """
-
-    file_key: str
-    status: CellStatus
-    row: Row | None = None
-    error: ErrorInfo | None = None
-    attempts: int = 0
-    recoveries: tuple[str, ...] = ()
-    retry_after: float = 0.0
-    audio_s: float = 0.0
+MAX_REFUSALS = 3
+"""How often an open breaker may put a cell off before it is given up."""
 
 
 @dataclass
-class _Cell:
-    """A cell on its way; `copies` are the keys of files with the same content."""
+class _Unsaved:
+    """Rows that are not durable yet, by landing table, and the outcomes that rest on them."""
 
-    file_key: str
-    identity: Identity
-    copies: list[str] = field(default_factory=list)
-    options: AttemptOptions = field(default_factory=AttemptOptions)
-    attempts: int = 0
-    tried: list[RecoveryStrategy] = field(default_factory=list)
-    error: ErrorInfo | None = None
-
-    @property
-    def size_mb(self) -> float:
-        return self.identity.size / 2**20
+    rows: dict[str, list[Row]] = field(default_factory=lambda: defaultdict(list))
+    outcomes: list[CellOutcome] = field(default_factory=list)
+    since: float | None = None
 
 
 @dataclass
 class _Flight:
     """An attempt that a worker is at."""
 
-    cell: _Cell
+    cell: Cell
     permits: dict[str, Permit]
     timeouts: Mapping[str, float]
     decision: TimeoutDecision
-    started_at: datetime
+    breaker_state: str
+    wait: Wait | None
+    submitted: float
+    finished: float = 0.0
 
 
 class Extraction:
@@ -135,6 +101,12 @@ class Extraction:
         Their number.
     scratch : Scratch
         Decoded audio.
+
+    Attributes
+    ----------
+    failed : dict of str to list of CellOutcome
+        The cells that failed so far, by feature set: a step that is retried must still tell of
+        those of its earlier tries.
     """
 
     def __init__(
@@ -152,9 +124,13 @@ class Extraction:
         self.landing = landing
         self.pool = pool
         self.scratch = scratch
-        self.identities: dict[str, Identity] = {}
-        self.unidentified: dict[str, ErrorInfo] = {}
+        self.files = Identification(library, landing, pool, workers)
         self.undecodable: dict[str, ErrorInfo] = {}
+        # What the first feature set had to find out about a content helps the later ones.
+        self.options: dict[str, AttemptOptions] = {}
+        self.put_off: dict[str, list[Cell]] = defaultdict(list)
+        self.unsaved: dict[str, _Unsaved] = defaultdict(_Unsaved)
+        self.failed: dict[str, list[CellOutcome]] = defaultdict(list)
         self._settled: dict[str, set[str]] = defaultdict(set)
 
     def run(
@@ -162,7 +138,8 @@ class Extraction:
     ) -> Iterator[CellOutcome]:
         """Bring each file's cell of a feature set to an end, and tell each outcome once.
 
-        A second call in the same run (a step retry) takes up only what the first one deferred.
+        A second call in the same run (a step retry) takes up only what the first one deferred,
+        where it stopped.
 
         Parameters
         ----------
@@ -183,6 +160,8 @@ class Extraction:
         for outcome in _Batch(self, feature_set, force=force).run(todo):
             if outcome.status is not CellStatus.DEFERRED:
                 settled.add(outcome.file_key)
+            if outcome.status is CellStatus.FAILED:
+                self.failed[feature_set.name].append(outcome)
             yield outcome
 
 
@@ -198,107 +177,119 @@ class _Batch:
         self._timeouts = get_timeout_manager()
         self._retries = get_retry_manager()
         self._quarantine = Quarantine()
-        self._table = feature_table(feature_set)
-        self._waiting: deque[_Cell] = deque()
+        self._table = feature_table(feature_set).landing_name
+        self._waiting: deque[Cell] = deque()
         self._in_flight = 0
         self._alone = False
+        self._succeeded_any = False
+        self._suspects: list[tuple[str, str, ErrorInfo, int]] = []
         self._finished: queue.SimpleQueue[tuple[_Flight, WorkerFuture[CellResult]]] = (
             queue.SimpleQueue()
         )
-        self._rows: list[Row] = []
-        self._records: list[Row] = []
-        self._unconfirmed: list[CellOutcome] = []
+        self._unsaved = extraction.unsaved[feature_set.name]
+        self._save_error: ErrorInfo | None = None
         self._flushed_at = time.monotonic()
 
     def run(self, file_keys: Sequence[str]) -> Iterator[CellOutcome]:
-        self._identify(file_keys)
-        self._plan(file_keys)
-        yield from self._flush()
+        computed = {outcome.file_key for outcome in self._unsaved.outcomes}
+        yield from self._flush()  # what an earlier call could not save
+        resumed = self._resume()
+        self._plan([key for key in file_keys if key not in computed | resumed])
         while self._waiting or self._in_flight:
+            if self._save_error:
+                self._put_off_waiting(self._save_error)
             refusal = self._launch_waiting()
             if refusal and not self._in_flight:
-                self._defer_waiting(refusal)
-                break
+                self._refused(refusal)
             timeout = max(self._flushed_at + FLUSH_S - time.monotonic(), 0.0)
-            with contextlib.suppress(queue.Empty):
-                self._conclude(*self._finished.get(timeout=timeout))
+            if self._in_flight:
+                with contextlib.suppress(queue.Empty):
+                    self._conclude(*self._finished.get(timeout=timeout))
             if time.monotonic() >= self._flushed_at + FLUSH_S:
                 yield from self._flush()
+        self._bar_suspects()
         yield from self._flush()
+        if self._save_error:
+            yield from self._unsaved_outcomes(self._save_error)
 
     # What there is to do
 
-    def _identify(self, file_keys: Sequence[str]) -> None:
-        """Find out what each file is, once per run, in the workers: a file system can hang."""
-        run = self._run
-        new = [
-            key for key in file_keys if key not in run.identities and key not in run.unidentified
-        ]
-        known = known_identities(run.landing, new)
+    def _resume(self) -> set[str]:
+        """Take up what was put off, where its storage is there again; return all of its keys."""
+        cells, self._run.put_off[self._feature_set.name] = (
+            self._run.put_off[self._feature_set.name],
+            [],
+        )
         timeout = self._timeouts.calculate_timeout(0.0, "metadata")
-        futures: dict[str, WorkerFuture[Identity]] = {}
-        for key in new:
-            try:
-                path = run.library.path_of(key)
-            except FileKeyError as error:
-                run.unidentified[key] = self._classify(error, key, "identify", 1)
+        looks = {
+            cell.file_key: self._run.pool.submit(
+                storage_problem,
+                self._run.library.path_of(cell.file_key),
+                self._run.library.root_of(cell.file_key),
+                self._run.scratch.directory,
+                cell.identity.duration_s,
+                timeout=timeout,
+            )
+            for cell in cells
+            if cell.options.check_storage
+        }
+        for cell in cells:
+            look = looks.get(cell.file_key)
+            problem = look and (look.exception() or look.result())
+            if cell.error and problem:
+                self._put_off(
+                    cell, replace(cell.error, message=str(problem)), RetryStrategy.ADAPTIVE
+                )
             else:
-                futures[key] = run.pool.submit(identify, path, known.get(key), timeout=timeout)
-        seen = []
-        for key, future in futures.items():
-            path = run.library.path_of(key)
-            try:
-                identity = future.result()
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is this file's
-                run.unidentified[key] = self._classify(error, key, "identify", 1)
-                seen.append(inventory_row(key, path, None))
-            else:
-                run.identities[key] = identity
-                if identity != known.get(key):
-                    seen.append(inventory_row(key, path, identity))
-        if seen:
-            run.landing.append(FILES.landing_name, seen)
+                self._waiting.append(cell)
+        return {key for cell in cells for key in cell.keys}
 
     def _plan(self, file_keys: Sequence[str]) -> None:
         """Settle what needs no work; queue the rest, files of one content together."""
         run, reads_pcm = self._run, self._feature_set.reads_pcm
-        identities = {key: run.identities[key] for key in file_keys if key in run.identities}
-        hashes = {identity.content_hash for identity in identities.values()}
+        self._unsaved.rows[FILES.landing_name] += run.files.look_at(file_keys)
+        known = run.files.identities
+        hashes = {known[key].content_hash for key in file_keys if key in known}
         done = {} if self._force else self._done(hashes)
-        barred = {} if self._force else self._quarantine.check_many(hashes, self._feature_set.name)
-        by_content: dict[str, _Cell] = {}
+        barred = {} if self._force else self._barred(hashes)
+        by_content: dict[str, Cell] = {}
         for key in file_keys:
-            if key in run.unidentified:
-                self._settle_failed(key, run.unidentified[key])
+            if key not in known:
+                self._settle_unidentified(key)
                 continue
-            content_hash = identities[key].content_hash
+            content_hash = known[key].content_hash
             rows = done.get(content_hash, {})
             if key in rows:
                 self._note(key, "reused")
-                self._unconfirmed.append(CellOutcome(key, CellStatus.REUSED, row=rows[key]))
+                self._tell(CellOutcome(key, CellStatus.REUSED, row=rows[key]))
             elif rows and reads_pcm:
                 self._settle_copy(key, next(iter(rows.values())))
             elif content_hash in barred:
-                self._settle_failed(key, _quarantined_error(barred[content_hash]))
+                self._settle_skipped(key, _quarantined_error(barred[content_hash]))
             elif content_hash in run.undecodable and reads_pcm:
-                error = run.undecodable[content_hash]
-                self._bar(content_hash, key, error, attempts=0)
-                self._settle_failed(key, error)
+                self._suspects.append((content_hash, key, run.undecodable[content_hash], 0))
+                self._settle_skipped(key, run.undecodable[content_hash])
             elif content_hash in by_content and reads_pcm:
                 by_content[content_hash].copies.append(key)
             else:
-                by_content[content_hash] = _Cell(key, identities[key])
-                self._waiting.append(by_content[content_hash])
+                cell = Cell(key, known[key])
+                if reads_pcm:
+                    cell.options = run.options.get(content_hash, cell.options)
+                by_content[content_hash] = cell
+                self._waiting.append(cell)
 
     def _done(self, hashes: Collection[str]) -> dict[str, dict[str, Row]]:
         """Return the rows of these contents that are up to date, by content and file key."""
         rows: dict[str, dict[str, Row]] = defaultdict(dict)
-        for row in self._run.landing.latest(
-            self._table.landing_name, where=("content_hash", hashes)
-        ):
+        for row in self._run.landing.latest(self._table, where=("content_hash", hashes)):
             if row["code_version"] == self._feature_set.code_version:
                 rows[row["content_hash"]][row["file_key"]] = row
         return rows
+
+    def _barred(self, hashes: Collection[str]) -> dict[str, QuarantinedCell]:
+        return self._quarantine.check_many(
+            hashes, self._feature_set.name, self._feature_set.code_version
+        )
 
     # Attempts
 
@@ -315,7 +306,7 @@ class _Batch:
             self._waiting.popleft()
         return None
 
-    def _launch(self, cell: _Cell) -> None:
+    def _launch(self, cell: Cell) -> None:
         run, feature_set = self._run, self._feature_set
         pcm = run.scratch.path_of(cell.identity.content_hash)
         decodes = feature_set.reads_pcm and not pcm.exists()
@@ -330,6 +321,7 @@ class _Batch:
             stage: decision.seconds * cell.options.timeout_factor
             for stage, decision in decisions.items()
         }
+        breaker_state = self._breaker("extract").get_state().name
         # A probe's permit comes back by itself if this process dies; it may queue for as long.
         lease = 2 * sum(timeouts.values())
         permits: dict[str, Permit] = {}
@@ -340,12 +332,22 @@ class _Batch:
             for permit in permits.values():
                 permit.release()
             raise
-        cell.attempts += 1
-        if cell.attempts == 1:
+        if not cell.history:
             self._retries.deposit(feature_set.name)
+        flight = _Flight(
+            cell,
+            permits,
+            timeouts,
+            decisions["extract"],
+            breaker_state,
+            wait=cell.wait,
+            submitted=time.monotonic(),
+        )
+        cell.wait = None
         self._in_flight += 1
-        self._alone = cell.options.alone
-        flight = _Flight(cell, permits, timeouts, decisions["extract"], datetime.now(UTC))
+        if cell.options.alone:
+            self._alone = True
+            run.pool.resize(1)
         task = CellTask(
             path=run.library.path_of(cell.file_key),
             feature_set=feature_set,
@@ -354,15 +356,21 @@ class _Batch:
             extractor=cell.options.extractor,
             block_s=cell.options.block_s,
         )
-        future = run.pool.submit(run_attempt, task, timeout=timeouts)
-        future.add_done_callback(lambda _: self._finished.put((flight, future)))
+        future = run.pool.submit(
+            run_attempt, task, timeout=timeouts, fresh_worker=cell.options.fresh_worker
+        )
+        future.add_done_callback(lambda _: self._landed(flight, future))
+
+    def _landed(self, flight: _Flight, future: WorkerFuture[CellResult]) -> None:
+        flight.finished = time.monotonic()
+        self._finished.put((flight, future))
 
     def _breaker(self, stage: str) -> CircuitBreaker:
         return get_circuit_breaker(
             "audio_processing" if stage == "decode" else f"feature:{self._feature_set.name}"
         )
 
-    def _timed_as(self, cell: _Cell, stage: str) -> str:
+    def _timed_as(self, cell: Cell, stage: str) -> str:
         """Name whose history of times applies: each extractor has one of its own."""
         if stage == "decode":
             return stage
@@ -371,13 +379,15 @@ class _Batch:
 
     def _conclude(self, flight: _Flight, future: WorkerFuture[CellResult]) -> None:
         self._in_flight -= 1
-        self._alone = False
+        if self._alone:
+            self._alone = False
+            self._run.pool.resize(self._run.workers)
         cell = flight.cell
         with log_context(
             run_id=self._run.run_id,
             file=cell.file_key,
             feature_set=self._feature_set.name,
-            attempt=cell.attempts,
+            attempt=cell.attempts + 1,
         ):
             error = future.exception()
             if error is None:
@@ -397,12 +407,16 @@ class _Batch:
                 seconds,
                 True,
                 flight.timeouts[stage],
-                audio_seconds=result.audio_s,
+                # What reads the file itself knows no length, but its timeout goes by one.
+                audio_seconds=result.audio_s or cell.identity.duration_s,
             )
         self._classifier.record_success(self._feature_set.name)
         if cell.error:
             self._classifier.mark_recovered(cell.error)
         self._record(flight, future, "succeeded", extractor=result.extractor)
+        self._record_retries(flight, success=True)
+        self._succeeded_any = self._succeeded_any or cell.attempts == 1
+        self._remember_options(cell)
         row = {
             **result.row,
             "file_key": cell.file_key,
@@ -412,13 +426,13 @@ class _Batch:
             "run_id": self._run.run_id,
             "code_version": self._feature_set.code_version,
         }
-        self._rows.append(row)
-        self._unconfirmed.append(
+        self._unsaved.rows[self._table].append(row)
+        self._tell(
             CellOutcome(
                 cell.file_key,
                 CellStatus.MATERIALIZED,
                 row=row,
-                attempts=cell.attempts,
+                history=tuple(cell.history),
                 recoveries=tuple(cell.tried),
                 audio_s=result.audio_s or 0.0,
             )
@@ -433,11 +447,12 @@ class _Batch:
         stage_seconds = _measurement(future).stage_seconds
         reached = [stage for stage in flight.permits if stage in stage_seconds]
         stage = reached[-1] if reached else next(iter(flight.permits))
-        error = self._classify(exception, cell.file_key, stage, cell.attempts)
+        error = self._classify(exception, cell.file_key, stage, cell.attempts + 1)
         for name, permit in flight.permits.items():
             if name == stage:
                 # One bad file must not open a breaker: its first fault counts, no later one.
-                permit.ignored(exception) if cell.error else permit.failed(exception)
+                is_news = error.systemic and not cell.history
+                permit.failed(exception) if is_news else permit.ignored(exception)
             elif name in reached:
                 permit.succeeded(stage_seconds[name])
             else:
@@ -455,95 +470,208 @@ class _Batch:
         if stage == "decode":
             run.scratch.drop(cell.identity.content_hash)
         recovery = None
-        if cell.attempts < self._settings.retry_max_attempts:
+        if cell.attempts + 1 < self._settings.retry_max_attempts:
             recovery = next_recovery(error, stage, cell.tried)
         self._record(flight, future, "failed", error=error, recovery=recovery)
         if recovery is None:
+            self._record_retries(flight, success=False)
             self._give_up(cell, error, stage)
-        elif not self._retries.try_spend(self._feature_set.name):
-            delay = self._retries.calculate_delay(
-                RetryStrategy.ADAPTIVE, cell.attempts - 1, operation=self._feature_set.name
-            )
-            self._defer(cell, delay)
+            return
+        within_budget = self._retries.try_spend(self._feature_set.name)
+        cell.tried.append(recovery)
+        cell.options = apply_recovery(recovery, cell.options, stage)
+        if recovery is RecoveryStrategy.DATABASE_RECOVERY:
+            get_state_store().close()  # the next use opens new connections
+        if recovery in WAITS:
+            self._put_off(cell, error, WAITS[recovery])
+        elif not within_budget:
+            self._put_off(cell, error, RetryStrategy.ADAPTIVE)
         else:
-            cell.tried.append(recovery)
-            cell.options = apply_recovery(recovery, cell.options, stage)
             self._waiting.appendleft(cell)
 
-    def _give_up(self, cell: _Cell, error: ErrorInfo, stage: str) -> None:
-        run, content_hash = self._run, cell.identity.content_hash
-        self._classifier.mark_recovered(error, recovered=False)
-        if stage == "decode":
-            run.undecodable[content_hash] = error
-        self._bar(content_hash, cell.file_key, error, attempts=cell.attempts)
-        for key in (cell.file_key, *cell.copies):
-            self._settle_failed(key, error, cell)
+    def _remember_options(self, cell: Cell) -> None:
+        """Let the other feature sets read this content the way that has worked."""
+        worked = AttemptOptions(decoder=cell.options.decoder, block_s=cell.options.block_s)
+        if worked != AttemptOptions() and self._feature_set.reads_pcm:
+            self._run.options[cell.identity.content_hash] = worked
 
-    def _bar(self, content_hash: str, key: str, error: ErrorInfo, *, attempts: int) -> None:
-        """Quarantine a cell whose failure is its file's own fault."""
-        if not error.systemic:
-            self._quarantine.add(
-                content_hash,
-                self._feature_set.name,
-                file_key=key,
-                error_type=error.error_type.value,
-                reason=error.message,
-                attempts=attempts,
+    def _record_retries(self, flight: _Flight, *, success: bool) -> None:
+        """Let the retry manager learn from a cell that was waited for."""
+        cell = flight.cell
+        if cell.waited_by and cell.began is not None:
+            self._retries.record_outcome(
+                cell.waited_by,
+                cell.attempts,
+                success,
+                flight.finished - cell.began,
+                operation=self._feature_set.name,
             )
 
-    def _defer_waiting(self, refusal: CircuitBreakerOpenError) -> None:
-        error = self._classifier.classify_error(refusal, {"feature_set": self._feature_set.name})
+    # Cells that wait
+
+    def _refused(self, refusal: CircuitBreakerOpenError) -> None:
+        """Put off what an open breaker does not let through."""
+        error = self._classifier.classify_error(refusal, {"operation": self._feature_set.name})
+        for cell in self._waiting:
+            cell.refusals += 1
+        self._put_off_waiting(error)
+
+    def _put_off_waiting(self, error: ErrorInfo) -> None:
         while self._waiting:
-            cell = self._waiting.popleft()
-            cell.error = cell.error or error
-            self._note(cell.file_key, "deferred", cell.error)
-            self._defer(cell, refusal.retry_after)
+            self._put_off(self._waiting.popleft(), error, RetryStrategy.ADAPTIVE)
 
-    def _defer(self, cell: _Cell, retry_after: float) -> None:
-        self._unconfirmed.extend(
-            CellOutcome(
-                key,
-                CellStatus.DEFERRED,
-                error=cell.error,
-                attempts=cell.attempts,
-                recoveries=tuple(cell.tried),
-                retry_after=retry_after,
+    def _put_off(self, cell: Cell, error: ErrorInfo, strategy: RetryStrategy) -> None:
+        """Defer a cell to the step's next retry; give it up if it has waited long enough."""
+        now = time.monotonic()
+        cell.began = cell.began or now
+        delay = self._delay(strategy, len(cell.tried), error, cell.size_mb)
+        overdue = now + delay - cell.began > self._settings.retry_total_seconds
+        if overdue or cell.refusals > MAX_REFUSALS:
+            self._give_up(cell, cell.error or error, "wait")
+            return
+        cell.error = cell.error or error
+        cell.wait = Wait(strategy, since=now)
+        cell.waited_by = strategy
+        self._run.put_off[self._feature_set.name].append(cell)
+        for key in cell.keys:
+            self._note(key, "deferred", error)
+            self._tell(
+                replace(cell.failed(key, error), status=CellStatus.DEFERRED, retry_after=delay)
             )
-            for key in (cell.file_key, *cell.copies)
+
+    def _delay(
+        self, strategy: RetryStrategy, attempt: int, error: ErrorInfo, size_mb: float = 0.0
+    ) -> float:
+        return self._retries.calculate_delay(
+            strategy,
+            attempt,
+            error_info=unchanged(error),
+            operation=self._feature_set.name,
+            file_size_mb=size_mb,
         )
 
     # Outcomes
 
-    def _settle_failed(self, key: str, error: ErrorInfo, cell: _Cell | None = None) -> None:
-        if cell is None:
-            self._note(key, "skipped", error)
-        self._unconfirmed.append(
-            CellOutcome(
-                key,
-                CellStatus.FAILED,
-                error=error,
-                attempts=cell.attempts if cell else 0,
-                recoveries=tuple(cell.tried) if cell else (),
-            )
-        )
+    def _give_up(self, cell: Cell, error: ErrorInfo, stage: str) -> None:
+        self._classifier.mark_recovered(error, recovered=False)
+        content_hash = cell.identity.content_hash
+        if stage == "decode" and is_files_own_fault(error, others_succeed=True):
+            self._run.undecodable[content_hash] = error
+        if stage != "wait":
+            self._suspects.append((content_hash, cell.file_key, error, cell.attempts))
+        for key in cell.keys:
+            self._tell(cell.failed(key, error))
+
+    def _bar_suspects(self) -> None:
+        """Quarantine the cells that failed by their file's own fault."""
+        for content_hash, key, error, attempts in self._suspects:
+            if is_files_own_fault(error, others_succeed=self._succeeded_any):
+                self._quarantine.add(
+                    content_hash,
+                    self._feature_set.name,
+                    file_key=key,
+                    error_type=error.error_type.value,
+                    reason=error.reason,
+                    attempts=attempts,
+                    code_version=self._feature_set.code_version,
+                )
+
+    def _settle_unidentified(self, key: str) -> None:
+        """Defer or fail a file whose content could not be read."""
+        unidentified = self._run.files.unidentified[key]
+        error = unidentified.error
+        delay = self._delay(RetryStrategy.ADAPTIVE, 0, error)
+        waited = time.monotonic() - unidentified.since
+        if error.retryable and waited + delay <= self._settings.retry_total_seconds:
+            self._note(key, "deferred", error)
+            self._tell(CellOutcome(key, CellStatus.DEFERRED, error=error, retry_after=delay))
+        else:
+            self._settle_skipped(key, error)
+
+    def _settle_skipped(self, key: str, error: ErrorInfo) -> None:
+        """Fail a cell that no attempt was made at."""
+        self._note(key, "skipped", error)
+        self._tell(CellOutcome(key, CellStatus.FAILED, error=error))
 
     def _settle_copy(self, key: str, row: Row) -> None:
         """Give a file the row of another file with the same content."""
         self._note(key, "reused")
         copy = {**row, "file_key": key, "run_id": self._run.run_id}
-        self._rows.append(copy)
-        self._unconfirmed.append(CellOutcome(key, CellStatus.REUSED, row=copy))
+        self._unsaved.rows[self._table].append(copy)
+        self._tell(CellOutcome(key, CellStatus.REUSED, row=copy))
+
+    def _tell(self, outcome: CellOutcome) -> None:
+        """Keep an outcome until all rows before it are durable."""
+        self._unsaved.outcomes.append(outcome)
 
     def _flush(self) -> Iterator[CellOutcome]:
-        """Make rows durable, then tell the outcomes that rest on them."""
-        landing = self._run.landing
-        if self._rows:
-            landing.append(self._table.landing_name, self._rows)
-        if self._records:
-            landing.append(ATTEMPTS.landing_name, self._records)
-        outcomes, self._rows, self._records, self._unconfirmed = self._unconfirmed, [], [], []
+        """Make rows durable, then tell the outcomes that rest on them.
+
+        If they cannot be made durable now, they are kept for the step's next retry.
+        """
+        unsaved = self._unsaved
+        self._save_error = self._save() if any(unsaved.rows.values()) else None
         self._flushed_at = time.monotonic()
+        if self._save_error:
+            unsaved.since = unsaved.since or self._flushed_at
+            return
+        unsaved.since = None
+        outcomes, unsaved.outcomes = unsaved.outcomes, []
         yield from outcomes
+
+    def _save(self) -> ErrorInfo | None:
+        """Append all rows to the landing; return what it failed of, if another time will do.
+
+        Raises
+        ------
+        Exception
+            What the landing failed of, if it would do so again.
+        """
+        landing, rows_by_table = self._run.landing, self._unsaved.rows
+        breaker = get_circuit_breaker(
+            "database_operations" if landing.is_local else "network_operations"
+        )
+
+        def append() -> None:
+            for table, rows in rows_by_table.items():
+                if rows:
+                    breaker.call(landing.append, table, rows)
+                    rows.clear()
+
+        saved = self._retries.retry(
+            append, RetryStrategy.EXPONENTIAL, SAVE_ATTEMPTS, SAVE_S, operation="landing"
+        )
+        if saved.error_info is None or not saved.error_info.retryable:
+            saved.unwrap()
+        return saved.error_info
+
+    def _unsaved_outcomes(self, error: ErrorInfo) -> Iterator[CellOutcome]:
+        """Tell what becomes of cells that are computed, but cannot be saved."""
+        unsaved = self._unsaved
+        delay = self._delay(RetryStrategy.ADAPTIVE, 1, error)
+        waited = time.monotonic() - (unsaved.since or time.monotonic())
+        overdue = waited + delay > self._settings.retry_total_seconds
+        for outcome in unsaved.outcomes:
+            if outcome.status is CellStatus.FAILED:
+                yield outcome
+            else:
+                yield CellOutcome(
+                    outcome.file_key,
+                    CellStatus.FAILED if overdue else CellStatus.DEFERRED,
+                    error=error,
+                    history=outcome.history,
+                    recoveries=outcome.recoveries,
+                    retry_after=delay,
+                )
+        unsaved.outcomes = (
+            []
+            if overdue
+            else [
+                outcome
+                for outcome in unsaved.outcomes
+                if outcome.status in (CellStatus.MATERIALIZED, CellStatus.REUSED)
+            ]
+        )
 
     def _classify(
         self, exception: BaseException, file_key: str, stage: str, attempt: int
@@ -553,27 +681,28 @@ class _Batch:
             "operation": self._feature_set.name,
             "stage": stage,
             "attempt": attempt,
+            **file_context(self._run.library, file_key),
         }
-        with contextlib.suppress(FileKeyError):
-            context["file_path"] = str(self._run.library.path_of(file_key))
-            context["library_root"] = str(self._run.library.roots[decode_key(file_key)[0]])
         return self._classifier.classify_error(exception, context)
 
     def _note(self, key: str, outcome: str, error: ErrorInfo | None = None) -> None:
         """Record what became of a cell without an attempt at it."""
-        self._records.append(
-            {
-                "run_id": self._run.run_id,
-                "file_key": key,
-                "feature_set": self._feature_set.name,
-                "attempt": 0,
-                "outcome": outcome,
-                "error_type": error and error.error_type.value,
-                "severity": error and error.severity.value,
-                "message": error and error.message,
-                "started_at": datetime.now(UTC),
-            }
+        self._unsaved.rows[ATTEMPTS.landing_name].append(
+            {**self._about(key, 0, outcome, error), "started_at": datetime.now(UTC)}
         )
+
+    def _about(self, key: str, attempt: int, outcome: str, error: ErrorInfo | None) -> Row:
+        return {
+            "run_id": self._run.run_id,
+            "file_key": key,
+            "feature_set": self._feature_set.name,
+            "attempt": attempt,
+            "outcome": outcome,
+            "error_type": error and error.error_type.value,
+            "severity": error and error.severity.value,
+            "exception_type": error and error.exception_type,
+            "message": error and error.reason,
+        }
 
     def _record(
         self,
@@ -586,35 +715,35 @@ class _Batch:
         recovery: RecoveryStrategy | None = None,
     ) -> None:
         cell, measurement = flight.cell, _measurement(future)
-        self._records.append(
-            {
-                "run_id": self._run.run_id,
-                "file_key": cell.file_key,
-                "feature_set": self._feature_set.name,
-                "attempt": cell.attempts,
-                "outcome": outcome,
-                "error_type": error and error.error_type.value,
-                "severity": error and error.severity.value,
-                "exception_type": error and error.exception_type,
-                "message": error and error.message,
-                "recovery_strategy": recovery and recovery.value,
-                "recovered": bool(cell.tried) if outcome == "succeeded" else None,
-                "extractor": extractor,
-                "timeout_s": flight.timeouts["extract"],
-                "timeout_source": flight.decision.source,
-                "timeout_rate": flight.decision.quantile_rate,
-                "timeout_base_s": flight.decision.base_seconds,
-                "timeout_multiplier": flight.decision.multiplier * cell.options.timeout_factor,
-                "duration_s": measurement.seconds,
-                "decode_s": measurement.stage_seconds.get("decode"),
-                "audio_s": cell.identity.duration_s,
-                "peak_memory_mib": measurement.peak_memory_mib,
-                "worker_pid": measurement.worker_pid,
-                "breaker_state": self._breaker("extract").get_state().name,
-                "started_at": flight.started_at,
-                "content_hash": cell.identity.content_hash,
-            }
+        elapsed = flight.finished - flight.submitted
+        started_at = datetime.now(UTC) - timedelta(
+            seconds=time.monotonic() - flight.finished + measurement.seconds
         )
+        row = {
+            **self._about(cell.file_key, cell.attempts + 1, outcome, error),
+            "recovery_strategy": recovery and recovery.value,
+            "recovered": bool(cell.history) if outcome == "succeeded" else None,
+            "retry_strategy": flight.wait and flight.wait.strategy.value,
+            "retry_delay_s": flight.wait and flight.submitted - flight.wait.since,
+            "extractor": extractor,
+            "timeout_s": flight.timeouts["extract"],
+            "timeout_source": flight.decision.source,
+            "timeout_rate": flight.decision.quantile_rate,
+            "timeout_base_s": flight.decision.base_seconds,
+            "timeout_multiplier": flight.decision.multiplier * cell.options.timeout_factor,
+            "duration_s": measurement.seconds,
+            "decode_s": measurement.stage_seconds.get("decode"),
+            "audio_s": cell.identity.duration_s,
+            "queue_s": max(elapsed - measurement.seconds, 0.0),
+            "peak_memory_mib": measurement.peak_memory_mib,
+            "worker_pid": measurement.worker_pid,
+            "breaker_state": flight.breaker_state,
+            "started_at": started_at,
+            "content_hash": cell.identity.content_hash,
+        }
+        cell.began = cell.began or flight.finished
+        cell.history.append(row)
+        self._unsaved.rows[ATTEMPTS.landing_name].append(row)
 
 
 def _measurement(future: WorkerFuture[CellResult]) -> Measurement:

@@ -46,6 +46,10 @@ _ESCAPE = re.compile(rb"%([0-9A-F]{2})")
 class FileKeyError(ValueError):
     """A text is not the key of a file."""
 
+    error_type = "FILE_SYSTEM"
+    retryable = False
+    systemic = False
+
 
 def encode_key(root_name: str, relative: bytes) -> str:
     """Return the partition key of a file.
@@ -72,7 +76,12 @@ def encode_key(root_name: str, relative: bytes) -> str:
         raise FileKeyError(f"{root_name!r} is not a name for a library root")
     if b"\0" in relative or any(part in (b"", b".", b"..") for part in relative.split(b"/")):
         raise FileKeyError(f"{relative!r} is not a path below a library root")
-    return f"{_escape(root_name).replace('/', '%2F')}/{_escape(_text(relative))}"
+    return f"{encoded_root(root_name)}/{_escape(_text(relative))}"
+
+
+def encoded_root(root_name: str) -> str:
+    """Return what the keys of a root's files begin with, up to the first slash."""
+    return _escape(root_name).replace("/", "%2F")
 
 
 def decode_key(key: str) -> tuple[str, bytes]:

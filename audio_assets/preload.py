@@ -2,10 +2,11 @@
 
 import librosa
 import onnxruntime
+import pandas  # pyarrow imports it when it converts its first row
 
 import audio_assets.worker
 from audio_assets.features.essentia_library import essentia
 
-__all__ = ["audio_assets", "librosa", "onnxruntime"]
+__all__ = ["audio_assets", "librosa", "onnxruntime", "pandas"]
 
 essentia()

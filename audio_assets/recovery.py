@@ -6,11 +6,20 @@ from dataclasses import dataclass, replace
 from audio_assets.audio import DecoderName
 from audio_assets.worker import Extractor
 from robustness.error_classifier import ErrorInfo, ErrorType, RecoveryStrategy
+from robustness.smart_retry import RetryStrategy
 
 BLOCK_S = 40 * 187 * 256 / 16000
 """Block length of an analysis in bounded memory (s): two minutes, in whole MusiCNN patches."""
 
 TIMEOUT_FACTOR = 1.5
+
+WAITS = {
+    RecoveryStrategy.FILE_SYSTEM_CHECK: RetryStrategy.ADAPTIVE,
+    RecoveryStrategy.DATABASE_RECOVERY: RetryStrategy.ADAPTIVE,
+    RecoveryStrategy.NETWORK_RETRY: RetryStrategy.EXPONENTIAL,
+    RecoveryStrategy.NONE: RetryStrategy.ADAPTIVE,
+}
+"""Recoveries before which time must pass, and how the waits grow."""
 
 _ESCALATION: dict[ErrorType, Sequence[RecoveryStrategy]] = {
     ErrorType.TIMEOUT: (RecoveryStrategy.INCREASE_TIMEOUT, RecoveryStrategy.AUDIO_FALLBACK),
@@ -19,8 +28,20 @@ _ESCALATION: dict[ErrorType, Sequence[RecoveryStrategy]] = {
         RecoveryStrategy.AUDIO_FALLBACK,
         RecoveryStrategy.FORMAT_CONVERSION,
     ),
-    ErrorType.UNSUPPORTED_FORMAT: (RecoveryStrategy.FORMAT_CONVERSION,),
+    ErrorType.CORRUPT_FILE: (RecoveryStrategy.FORMAT_CONVERSION,),
+    ErrorType.UNSUPPORTED_FORMAT: (
+        RecoveryStrategy.FORMAT_CONVERSION,
+        RecoveryStrategy.AUDIO_FALLBACK,
+    ),
     ErrorType.UNKNOWN: (RecoveryStrategy.AUDIO_FALLBACK,),
+}
+
+_ABOUT_CONTENT = {ErrorType.CORRUPT_FILE, ErrorType.UNSUPPORTED_FORMAT}
+_ABOUT_COMPUTING = {
+    ErrorType.TIMEOUT,
+    ErrorType.MEMORY,
+    ErrorType.AUDIO_PROCESSING,
+    ErrorType.UNKNOWN,
 }
 
 
@@ -35,7 +56,11 @@ class AttemptOptions:
     timeout_factor : float
         Multiplies the deadlines.
     alone : bool
-        Let no other attempt of this run go on beside it, so that it has all the memory.
+        Keep one worker only for as long as it runs, so that it has all the memory.
+    fresh_worker : bool
+        Run in a new process, which has no connections open.
+    check_storage : bool
+        Look first whether the file's storage is there, and room for its decoded audio.
     """
 
     decoder: DecoderName = "av"
@@ -43,6 +68,8 @@ class AttemptOptions:
     block_s: float | None = None
     timeout_factor: float = 1.0
     alone: bool = False
+    fresh_worker: bool = False
+    check_storage: bool = False
 
 
 def next_recovery(
@@ -51,7 +78,7 @@ def next_recovery(
     """Choose what to try after a failed attempt.
 
     The classifier's own advice comes first, then whatever else helps against that type of
-    error. Nothing is tried twice.
+    error. What goes another way is tried once; what waits may be tried again.
 
     Parameters
     ----------
@@ -74,7 +101,7 @@ def next_recovery(
             continue
         if strategy not in tried and strategy is not RecoveryStrategy.SKIP_FILE:
             return strategy
-    return None
+    return error.recovery_strategy if error.recovery_strategy in WAITS else None
 
 
 def apply_recovery(
@@ -101,5 +128,27 @@ def apply_recovery(
             return replace(options, decoder="soundfile")
         case RecoveryStrategy.AUDIO_FALLBACK:
             return replace(options, extractor="alternative")
+        case RecoveryStrategy.FORMAT_CONVERSION:
+            return replace(options, decoder="salvage")
+        case RecoveryStrategy.FILE_SYSTEM_CHECK:
+            return replace(options, check_storage=True)
+        case RecoveryStrategy.DATABASE_RECOVERY:
+            return replace(options, fresh_worker=True)
         case _:
             return options
+
+
+def is_files_own_fault(error: ErrorInfo, *, others_succeed: bool) -> bool:
+    """Tell whether a cell that was given up would fail again, however often it is tried.
+
+    Parameters
+    ----------
+    error : ErrorInfo
+        What its last attempt failed of.
+    others_succeed : bool
+        Whether the feature set succeeds with other files meanwhile: if it hangs, crashes or runs
+        out of memory with this one, through all recoveries, this one is to blame.
+    """
+    return error.error_type in _ABOUT_CONTENT or (
+        others_succeed and error.error_type in _ABOUT_COMPUTING
+    )

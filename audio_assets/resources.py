@@ -43,9 +43,9 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         """Start the workers; stop them, whatever happens, when the run ends."""
         for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             os.environ.setdefault(variable, "1")  # a worker is one core's work
-        if context.run_id is None or context.log is None:
+        if context.run is None or context.log is None:
             raise dg.DagsterInvariantViolationError("features are extracted in a run")
-        run_id = context.run_id
+        run_id = context.run.run_id
         settings = get_robustness_settings()
         limit = settings.worker_memory_mib or worker_budget_mib(self.workers)
         with (
@@ -66,7 +66,10 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                 workers=self.workers,
                 scratch=scratch,
             )
-            yield self
+            try:
+                yield self
+            finally:
+                pool.kill()  # what workers are still at was asked for by a run that was cancelled
 
 
 def extraction_resource() -> ExtractionResource:

@@ -38,5 +38,21 @@ def record_run(instance: dg.DagsterInstance, run_id: str, landing: Landing) -> N
     )
 
 
+def computes_features(run: dg.DagsterRun, repository: dg.RepositoryDefinition | None) -> bool:
+    """Tell whether a run materializes feature sets.
+
+    Parameters
+    ----------
+    run : DagsterRun
+        The run.
+    repository : RepositoryDefinition, optional
+        Where its job is defined.
+    """
+    keys = run.asset_selection
+    if not keys and repository is not None and repository.has_job(run.job_name):
+        keys = repository.get_job(run.job_name).asset_layer.selected_asset_keys
+    return any(key.path[0] == "features" for key in keys or ())
+
+
 def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)

@@ -23,18 +23,23 @@ class Scratch:
         The run.
     limit_mib : float
         Decoded audio kept between attempts (MiB).
+
+    Attributes
+    ----------
+    directory : Path
+        The run's own directory.
     """
 
     def __init__(self, root: Path, run_id: str, limit_mib: float) -> None:
         self._root = root
-        self._directory = root / run_id
+        self.directory = root / run_id
         self._limit = limit_mib * 2**20
 
     def __enter__(self) -> Self:
         self._root.mkdir(parents=True, exist_ok=True)
         self._remove_abandoned()
-        self._directory.mkdir(exist_ok=True)
-        self._lock = (self._directory / ".lock").open("w")
+        self.directory.mkdir(exist_ok=True)
+        self._lock = (self.directory / ".lock").open("w")
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         return self
 
@@ -44,12 +49,12 @@ class Scratch:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self._directory, ignore_errors=True)
+        shutil.rmtree(self.directory, ignore_errors=True)
         self._lock.close()
 
     def path_of(self, content_hash: str) -> Path:
         """Return where the decoded audio of a file with this content is, or goes."""
-        return self._directory / f"{content_hash}.npy"
+        return self.directory / f"{content_hash}.npy"
 
     def trim(self, content_hash: str) -> None:
         """Drop this content's audio if all that is kept together is over the limit."""
@@ -58,12 +63,12 @@ class Scratch:
 
     def drop(self, content_hash: str) -> None:
         """Remove what was decoded, or half decoded, of this content."""
-        for path in self._directory.glob(f"{content_hash}*"):
+        for path in self.directory.glob(f"{content_hash}*"):
             path.unlink(missing_ok=True)
 
     def _used(self) -> int:
         used = 0
-        for path in self._directory.iterdir():
+        for path in self.directory.iterdir():
             with contextlib.suppress(FileNotFoundError):  # a worker renames what it has finished
                 used += path.stat().st_size
         return used

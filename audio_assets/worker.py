@@ -1,18 +1,26 @@
 """What a worker process does: one attempt at one cell, or the identification of one file."""
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import av
+import pyarrow as pa
 
-from audio_assets.audio import Audio, DecoderName, decode
+from audio_assets.audio import SAMPLE_RATE, Audio, DecoderName, decode
 from audio_assets.features.base import FeatureSet, Row, check_row
-from audio_assets.library import content_hash
+from audio_assets.library import Library, content_hash
+from audio_assets.warehouse.schema import arrow_schema
+from robustness.file_evidence import FileState, inspect_file
 from robustness.worker_pool import report_stage
 
 STAGES = ("decode", "extract")
+IDENTIFY_STAGES = ("look", "hash")
+
+_PCM_BYTES_PER_SECOND = SAMPLE_RATE * 2 * 4
 
 Extractor = Literal["primary", "alternative"]
 
@@ -86,26 +94,34 @@ class CellResult:
     audio_s: float | None
 
 
-def identify(path: Path, known: Identity | None) -> Identity:
+def identify(library: Library, file_key: str, known: Identity | None) -> Identity:
     """Hash a file and read its duration from its header.
+
+    Its stages are those of `IDENTIFY_STAGES`: only the second takes longer the larger the file.
 
     Parameters
     ----------
-    path : Path
-        The file.
+    library : Library
+        Where the file is.
+    file_key : str
+        The file's partition key.
     known : Identity, optional
         What it was when last seen; believed if size and time of change are still the same.
 
     Raises
     ------
+    FileKeyError
+        If the key leads to no file of the library.
     OSError
         If the file is missing or cannot be read.
     """
+    path = library.checked_path_of(file_key)
     status = path.stat()
     if known and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
         with path.open("rb") as file:  # what cannot be read any more is not believed either
             file.read(1)
         return known
+    report_stage("hash")
     digest = content_hash(path)
     try:
         with av.open(str(path)) as container:
@@ -144,7 +160,42 @@ def run_attempt(task: CellTask) -> CellResult:
     else:
         row = extract(audio)
     check_row(feature_set, row)
+    # A value that does not fit its column fails here, alone, and not a part with other rows.
+    pa.Table.from_pylist([row], schema=_schema(tuple(feature_set.columns)))
     return CellResult(row, extractor, audio.duration_s if feature_set.reads_pcm else None)
+
+
+def storage_problem(path: Path, root: Path, scratch: Path, duration_s: float | None) -> str | None:
+    """Look whether the storage that an attempt needs is there: the file's, and room for its PCM.
+
+    Parameters
+    ----------
+    path : Path
+        The audio file.
+    root : Path
+        The library root it is below.
+    scratch : Path
+        Directory for decoded audio.
+    duration_s : float or None
+        Duration of the audio, if it is known.
+
+    Returns
+    -------
+    str or None
+        What is wrong as long as waiting may mend it; None otherwise, also where the file alone is
+        missing or cannot be read.
+    """
+    evidence = inspect_file(path, root)
+    if evidence.state is FileState.STORAGE_AWAY:
+        return evidence.finding
+    needed = int((duration_s or 0.0) * _PCM_BYTES_PER_SECOND)
+    free = shutil.disk_usage(scratch).free
+    if free < needed:
+        return f"{needed / 2**20:.0f} MiB are needed in {scratch}, {free / 2**20:.0f} are free"
+    return None
+
+
+_schema = cache(arrow_schema)
 
 
 def _extract_in_blocks(

@@ -5,11 +5,22 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+
+from audio_assets import settings
+from robustness import adaptive_timeout
+from robustness.adaptive_timeout import get_timeout_manager
+from robustness.error_classifier import get_error_classifier
+from robustness.settings import get_settings
+from robustness.smart_retry import get_retry_manager
+from robustness.state import reset_state_store
 
 PROJECT = Path(__file__).parent.parent
 
@@ -64,6 +75,47 @@ def make_home(directory: Path) -> Home:
 @pytest.fixture
 def home(tmp_path: Path) -> Home:
     return make_home(tmp_path)
+
+
+def write_tone(path: Path, frequency: float, seconds: float = 1.0) -> None:
+    """Write a sine tone, in the format that the extension names."""
+    t = np.arange(int(44100 * seconds)) / 44100
+    soundfile.write(path, 0.5 * np.sin(2 * np.pi * frequency * t), 44100)
+
+
+@pytest.fixture(scope="session")
+def new_fork_server() -> None:
+    """Have the next pool start a fork server with its own preload.
+
+    There is one per process, and that of earlier tests has nothing of what extraction imports:
+    each new worker would spend seconds of its deadline on that.
+    """
+    forkserver._forkserver._stop()
+
+
+@pytest.fixture
+def own_state(
+    new_fork_server: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """A robustness state of the test's own, short timeouts and a large retry budget."""
+    monkeypatch.setenv("ROBUSTNESS_STATE_URL", f"sqlite:///{tmp_path / 'state.db'}")
+    monkeypatch.setenv("ROBUSTNESS_TIMEOUT_FLOOR", "4")
+    monkeypatch.setenv("ROBUSTNESS_RETRY_BUDGET_RATIO", "10")
+    # The load of whatever runs beside the tests lengthens deadlines as well.
+    monkeypatch.setattr(adaptive_timeout, "_load_per_core", lambda: 0.0)
+    forget_state()
+    yield
+    monkeypatch.undo()
+    forget_state()
+
+
+def forget_state() -> None:
+    """Make every manager of this process read its settings and state anew."""
+    settings.get_settings.cache_clear()
+    get_settings.cache_clear()
+    for manager in (get_timeout_manager, get_error_classifier, get_retry_manager):
+        manager.cache_clear()
+    reset_state_store()
 
 
 @pytest.fixture(scope="session")

@@ -2,19 +2,23 @@
 
 import os
 import signal
+import sqlite3
 import time
+import urllib.request
 from pathlib import Path
 
 from audio_assets.audio import Audio
 from audio_assets.features.base import Column, FeatureSet, Row
 
 HANG_S = 3600.0
-TRACES = "AUDIO_ASSETS_TEST_TRACES"
-"""Environment variable: directory in which an extractor notes that it was called."""
 
 
 def sound(audio: Audio) -> Row:
     return {"value": audio.duration_s}
+
+
+def length_of_file(audio: Audio) -> Row:
+    return {"value": float(audio.path.stat().st_size)}
 
 
 def _is_marked(audio: Audio) -> bool:
@@ -49,13 +53,76 @@ def hoard_unless_block(audio: Audio) -> Row:
     return sound(audio)
 
 
+def _traces(audio: Audio) -> Path:
+    """Directory beside the library in which extractors leave word for each other."""
+    directory = audio.path.parent.parent / "traces"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+def _call_number(audio: Audio) -> int:
+    """Count the calls for the bad file, over all processes, from 1."""
+    directory = _traces(audio)
+    number = len(list(directory.glob("call-*"))) + 1
+    (directory / f"call-{number}").touch()
+    return number
+
+
 def flaky(audio: Audio) -> Row:
+    if _is_marked(audio) and _call_number(audio) < 3:
+        raise RuntimeError("the library is in a bad mood")
+    return sound(audio)
+
+
+def slow(audio: Audio) -> Row:
+    """Take as long as the file beside the library says (s)."""
     if _is_marked(audio):
-        directory = Path(os.environ[TRACES])
-        calls = len(list(directory.iterdir()))
-        (directory / str(calls)).touch()
-        if calls < 2:
-            raise ConnectionResetError("the model server hung up")
+        time.sleep(float((_traces(audio) / "seconds").read_text()))
+    return sound(audio)
+
+
+def ask_server(audio: Audio) -> Row:
+    """Ask the server whose address is in a file beside the library."""
+    if _is_marked(audio):
+        urllib.request.urlopen((_traces(audio) / "url").read_text(), timeout=10).close()
+    return sound(audio)
+
+
+_connection: sqlite3.Connection | None = None
+
+
+def note_in_database(audio: Audio) -> Row:
+    """Write through a connection that is kept open; another writer makes its view stale."""
+    global _connection
+    if _is_marked(audio):
+        database = _traces(audio) / "index.db"
+        if _connection is None:
+            _connection = sqlite3.connect(database, timeout=0, isolation_level=None)
+            _connection.execute("PRAGMA journal_mode = wal")
+            _connection.execute("CREATE TABLE IF NOT EXISTS seen (path)")
+            _connection.execute("BEGIN")
+            _connection.execute("SELECT count(*) FROM seen").fetchone()
+            if _call_number(audio) == 1:
+                with sqlite3.connect(database) as other:
+                    other.execute("INSERT INTO seen VALUES ('elsewhere')")
+        _connection.execute("INSERT INTO seen VALUES (?)", (audio.path.name,))
+        _connection.execute("COMMIT")
+    return sound(audio)
+
+
+def take_storage_away(audio: Audio) -> Row:
+    """Make the library vanish under its readers, once, as a mount does that goes away."""
+    root = audio.path.parent
+    if _is_marked(audio) and _call_number(audio) == 1:
+        root.rename(root.with_name("away"))
+    audio.path.read_bytes()
+    return sound(audio)
+
+
+def delete_the_file(audio: Audio) -> Row:
+    if _is_marked(audio):
+        audio.path.unlink()
+    audio.path.read_bytes()
     return sound(audio)
 
 
@@ -63,7 +130,9 @@ def add_up(rows: list[Row], durations: list[float]) -> Row:
     return {"value": sum(row["value"] for row in rows)}
 
 
-def feature_set(name: str, extract: object, alternative: object = sound) -> FeatureSet:
+def feature_set(
+    name: str, extract: object, alternative: object = sound, *, code_version: str = "1"
+) -> FeatureSet:
     return FeatureSet(
         name=name,
         description="A feature set that fails.",
@@ -75,4 +144,5 @@ def feature_set(name: str, extract: object, alternative: object = sound) -> Feat
         plotted=("value",),
         extractor="primary",
         alternative="alternative",
+        code_version=code_version,
     )

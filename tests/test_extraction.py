@@ -3,13 +3,13 @@
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import soundfile
 
-from audio_assets.extraction import CellOutcome, CellStatus, Extraction
+from audio_assets.cells import CellOutcome, CellStatus
+from audio_assets.extraction import Extraction
 from audio_assets.features.base import FeatureSet
 from audio_assets.library import Library
 from audio_assets.scratch import Scratch
@@ -19,35 +19,14 @@ from robustness.adaptive_timeout import get_timeout_manager
 from robustness.circuit_breaker import get_circuit_breaker
 from robustness.error_classifier import ErrorType
 from robustness.quarantine import Quarantine
-from robustness.settings import get_settings
 from robustness.worker_pool import WorkerPool
 from tests import faults
+from tests.conftest import forget_state, write_tone
 
 GOOD = ("a.wav", "b.wav", "c.wav")
 
 
-@pytest.fixture(autouse=True)
-def _own_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("ROBUSTNESS_STATE_URL", f"sqlite:///{tmp_path / 'state.db'}")
-    monkeypatch.setenv("ROBUSTNESS_TIMEOUT_FLOOR", "1")
-    monkeypatch.setenv("ROBUSTNESS_RETRY_BUDGET_RATIO", "10")
-    forget_state()
-    yield
-    monkeypatch.undo()
-    forget_state()
-
-
-def forget_state() -> None:
-    """Make every manager of this process read its settings and state anew."""
-    from robustness.adaptive_timeout import get_timeout_manager as timeouts
-    from robustness.error_classifier import get_error_classifier as classifier
-    from robustness.smart_retry import get_retry_manager as retries
-    from robustness.state import reset_state_store
-
-    get_settings.cache_clear()
-    for manager in (timeouts, classifier, retries):
-        manager.cache_clear()  # type: ignore[attr-defined]
-    reset_state_store()
+pytestmark = pytest.mark.usefixtures("own_state")
 
 
 @pytest.fixture
@@ -59,11 +38,6 @@ def library(tmp_path: Path) -> Path:
     return directory
 
 
-def write_tone(path: Path, frequency: float, seconds: float = 1.0) -> None:
-    t = np.arange(int(44100 * seconds)) / 44100
-    soundfile.write(path, 0.5 * np.sin(2 * np.pi * frequency * t), 44100)
-
-
 @contextmanager
 def extraction(
     root: Path, tmp_path: Path, feature_set: FeatureSet, *, memory_limit_mib: float | None = None
@@ -71,7 +45,12 @@ def extraction(
     landing = Landing(str(tmp_path / "landing"), warehouse_tables([feature_set]))
     with (
         Scratch(tmp_path / "scratch", "run", 1024) as scratch,
-        WorkerPool(2, memory_limit_mib=memory_limit_mib, memory_high=None) as pool,
+        WorkerPool(
+            2,
+            memory_limit_mib=memory_limit_mib,
+            preload=("audio_assets.worker", "pandas", "tests.faults"),
+            memory_high=None,
+        ) as pool,
     ):
         yield Extraction("run", Library({"music": root}), landing, pool, 2, scratch)
 
@@ -124,6 +103,17 @@ def test_hang_is_killed_and_the_alternative_extractor_saves_the_cell(
     assert first["error_type"] == second["error_type"] == ErrorType.TIMEOUT.value
     assert second["timeout_s"] == pytest.approx(1.5 * first["timeout_s"], rel=0.3)
     assert third["extractor"] == "alternative"
+
+
+def test_feature_set_that_reads_the_file_itself_gets_learned_timeouts_too(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROBUSTNESS_TIMEOUT_MIN_SAMPLES", "2")
+    forget_state()
+    feature_set = replace(faults.feature_set("tags", faults.length_of_file), reads_pcm=False)
+    run(library, tmp_path, feature_set)
+    decision = get_timeout_manager().timeout_in_force("tags", 1.0)
+    assert decision.source == "learned"
 
 
 def test_segfault_costs_its_own_attempt_alone(library: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -92,6 +93,11 @@ class _RowIds:
 _row_ids = _RowIds()
 
 
+def landed_at(part: str) -> datetime:
+    """Return when a part was made, which its name tells."""
+    return datetime.fromtimestamp((UUID(part.split(".")[0]).int >> 80) / 1000, UTC)
+
+
 class Landing:
     """Append-only tables of Parquet parts under a folder or an object store.
 
@@ -110,6 +116,11 @@ class Landing:
         self._local = isinstance(self._fs, LocalFileSystem)
         self._tables = {table.landing_name: table for table in tables if table.columns}
         self._superseded: dict[tuple[str, str], frozenset[str]] = {}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the parts lie on this machine's own file system."""
+        return self._local
 
     def append(self, table: str, rows: Sequence[Mapping[str, Any]]) -> str:
         """Write rows as one part; they are durable when this returns.
@@ -380,8 +391,10 @@ class Landing:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.rename(folder / name)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.filename is None:
+                error.filename = str(folder)  # writing says why it failed, not where
             raise
         fsync_folder(folder)
 

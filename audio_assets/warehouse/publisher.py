@@ -441,8 +441,9 @@ class Publisher:
         """Return a table of the state store, its times as such; None if it cannot be had."""
         if self._state_store is None:
             return None
-        with self._state_store.read() as connection:
-            rows = [dict(row) for row in connection.execute(sa.select(table)).mappings()]
+        rows = self._state_store.query(
+            lambda connection: [dict(r) for r in connection.execute(sa.select(table)).mappings()]
+        )
         # A store that stands in for the real one for a while knows nothing of what went before.
         if self._state_store.degraded:
             return None

@@ -98,9 +98,10 @@ def status(warehouse_path: Path, runs: int = 5) -> Status:
                 "SELECT * FROM robustness.runs ORDER BY started_at DESC LIMIT ?", [runs]
             ).df(),
             open_breakers=connection.execute(
-                "SELECT name, state, last_error, opened_at FROM robustness.circuit_breakers "
+                "SELECT name, coalesce('forced ' || forced, state) AS state, last_error, opened_at "
+                "FROM robustness.circuit_breakers "
                 "QUALIFY row_number() OVER (PARTITION BY name ORDER BY seen_at DESC) = 1 "
-                "AND state <> 'CLOSED' ORDER BY name"
+                "AND (forced IS NOT NULL OR circuit_breakers.state <> 'CLOSED') ORDER BY name"
             ).df(),
             quarantine=connection.execute(
                 "SELECT feature_set, error_type, count(*) AS cells FROM robustness.quarantine "

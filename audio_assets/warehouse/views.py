@@ -1,5 +1,6 @@
 """The views of the warehouse: what is known of each track, and what is not there and why."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from audio_assets.features.base import Column, FeatureSet
@@ -34,9 +35,10 @@ def tracks_view(feature_sets: Sequence[FeatureSet]) -> str:
 def headlines(feature_sets: Sequence[FeatureSet]) -> dict[str, tuple[str, str]]:
     """Return what ``features.tracks`` shows: its column, the feature set and column behind it.
 
-    Title, artist and duration come first; where two feature sets have a headline of one name,
-    the later one's bears the feature set's name before it.
+    Title, artist and duration come first. A headline whose name is a column of other feature sets
+    too bears its feature set's name before it: ``mfcc_mean``.
     """
+    named = Counter(column.name for feature_set in feature_sets for column in feature_set.columns)
     shown = {
         column.name: (feature_set.name, column.name)
         for feature_set in feature_sets
@@ -49,8 +51,8 @@ def headlines(feature_sets: Sequence[FeatureSet]) -> dict[str, tuple[str, str]]:
         source = (feature_set.name, feature_set.headline)
         if source in shown.values():
             continue
-        taken = feature_set.headline in shown
-        name = f"{feature_set.name}_{feature_set.headline}" if taken else feature_set.headline
+        shared = named[feature_set.headline] > 1
+        name = f"{feature_set.name}_{feature_set.headline}" if shared else feature_set.headline
         shown[name] = source
     return shown
 

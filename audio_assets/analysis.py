@@ -16,27 +16,16 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from audio_assets.assets import FORCE_TAG, audio_files
+from audio_assets.assets import FORCE_TAG, PARTITIONS
 from audio_assets.backlog import batches
 from audio_assets.definitions import defs
 from audio_assets.features import FEATURE_SETS
+from audio_assets.run_requests import ALL_FEATURES, batch_tags
 from audio_assets.runs import record_run
 from audio_assets.settings import get_settings
-from audio_assets.warehouse import open_landing
+from audio_assets.warehouse import open_landing, publish
 
-JOB = "all_features"
 POLL_S = 0.5
-_PARTITIONS_PER_CALL = 500
-_PARTITION_NAME = str(audio_files.name)
-
-
-def register_files(instance: dg.DagsterInstance, file_keys: Sequence[str]) -> int:
-    """Add a partition for each file that has none yet, and return how many were added."""
-    known = set(instance.get_dynamic_partitions(_PARTITION_NAME))
-    new = [key for key in file_keys if key not in known]
-    for start in range(0, len(new), _PARTITIONS_PER_CALL):  # SQLite limits variables per query
-        instance.add_dynamic_partitions(_PARTITION_NAME, new[start : start + _PARTITIONS_PER_CALL])
-    return len(new)
 
 
 def run_batches(
@@ -56,13 +45,13 @@ def run_batches(
         Compute also what is done and unchanged, or quarantined.
     """
     ranges = batches(
-        file_keys, instance.get_dynamic_partitions(_PARTITION_NAME), get_settings().batch_size
+        file_keys, instance.get_dynamic_partitions(PARTITIONS), get_settings().batch_size
     )
-    job = defs.resolve_job_def(JOB)
+    job = defs.resolve_job_def(ALL_FEATURES)
     landing = open_landing()
     with _progress_bar(console) as progress:
         task = progress.add_task("", total=len(file_keys) * len(FEATURE_SETS), speed=0.0)
-        for first, last in ranges:
+        for batch in ranges:
             run_id = str(uuid.uuid4())
             with _following(instance, run_id, progress, task):
                 job.execute_in_process(
@@ -70,13 +59,11 @@ def run_batches(
                     run_id=run_id,
                     raise_on_error=False,
                     run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-                    tags={
-                        "dagster/asset_partition_range_start": first,
-                        "dagster/asset_partition_range_end": last,
-                    }
+                    tags=batch_tags(batch, "audio-assets analyze")
                     | ({FORCE_TAG: "true"} if force else {}),
                 )
             record_run(instance, run_id, landing)
+            publish()  # between two batches no worker waits for it
 
 
 def _progress_bar(console: Console) -> Progress:

@@ -12,9 +12,11 @@ from rich.markup import escape
 from rich.table import Column, Table
 
 if TYPE_CHECKING:
+    from dagster import DagsterInstance
     from pandas import DataFrame
 
     from audio_assets.library import LibraryScan
+    from robustness.circuit_breaker import CircuitBreaker
 
 app = typer.Typer(
     help="Audio features of whole music libraries: Dagster extracts, DuckDB answers.",
@@ -42,12 +44,20 @@ class UserError(typer.Exit):
 
 
 @app.callback()
-def _prepare() -> None:
+def _prepare(context: typer.Context) -> None:
     """Give Dagster a home before anything of it is imported."""
-    from audio_assets.settings import get_settings
+    from pydantic import ValidationError
 
-    home = get_settings().dagster_home.expanduser().absolute()
-    home.mkdir(parents=True, exist_ok=True)
+    from audio_assets.settings import PROJECT_DAGSTER_HOME, get_settings
+
+    os.environ["DAGSTER_HOME"] = os.environ.get("DAGSTER_HOME") or str(PROJECT_DAGSTER_HOME)
+    if context.invoked_subcommand == "doctor":
+        return  # it says itself what is wrong with the settings
+    try:
+        home = get_settings().dagster_home.expanduser().absolute()
+        home.mkdir(parents=True, exist_ok=True)
+    except (ValidationError, OSError) as error:
+        raise UserError(f"{error}\n`audio-assets doctor` says what to do.") from None
     os.environ["DAGSTER_HOME"] = str(home)
     get_settings.cache_clear()
 
@@ -67,10 +77,10 @@ def analyze(
     ] = False,
 ) -> None:
     """Extract every feature set of a library, through Dagster, and show what came of it."""
-    import dagster as dg
-
-    from audio_assets.analysis import register_files, run_batches
-    from audio_assets.backlog import find_backlog, update_inventory
+    from audio_assets.analysis import run_batches
+    from audio_assets.backlog import find_backlog
+    from audio_assets.discovery import register
+    from audio_assets.run_requests import materialized_files
     from audio_assets.sample_library import make_sample_library
     from audio_assets.settings import get_settings
     from audio_assets.warehouse import open_landing, publish
@@ -83,11 +93,12 @@ def analyze(
         library = str(directory)
     roots, scan = _scan(library)
     landing = open_landing()
-    update_inventory(scan, roots, landing)
-    files = [entry.file_key for entry in scan.files]
-    todo = files if force else find_backlog(scan, landing)
-    with dg.DagsterInstance.get() as instance:
-        register_files(instance, files)
+    with _open_instance() as instance:
+        register(instance, scan, roots, landing)
+        if force:
+            todo = [entry.file_key for entry in scan.files]
+        else:
+            todo = find_backlog(scan.files, landing, materialized_files(instance)).todo
         if todo:
             run_batches(instance, todo, console, force=force)
         else:
@@ -104,17 +115,20 @@ def scan_command(
     ] = None,
 ) -> None:
     """Register a library's files as partitions, to launch backfills of in Dagster."""
-    import dagster as dg
-
-    from audio_assets.analysis import register_files
-    from audio_assets.backlog import update_inventory
+    from audio_assets.discovery import register
     from audio_assets.warehouse import open_landing
 
     roots, found = _scan(library)
-    gone, _ = update_inventory(found, roots, open_landing())
-    with dg.DagsterInstance.get() as instance:
-        added = register_files(instance, [entry.file_key for entry in found.files])
-    console.print(f"{added} new partitions; {gone} files have left the library.")
+    with _open_instance() as instance:
+        registered = register(instance, found, roots, open_landing())
+    console.print(
+        f"{registered.added} new partitions; {registered.gone} files have left the library, "
+        f"{registered.removed} partitions with them."
+    )
+    if registered.to_remove:
+        console.print(
+            f"{registered.to_remove} partitions of such files stay until no run is under way."
+        )
 
 
 @app.command("publish")
@@ -196,12 +210,13 @@ def breakers_list() -> None:
     """Show every breaker's state."""
     from robustness.circuit_breaker import all_circuit_breakers
 
-    table = Table("breaker", "state", "failures", "successes", "last error")
+    table = Table("breaker", "state", "by hand", "failures", "successes", "last error")
     for name, breaker in sorted(all_circuit_breakers().items()):
         stats = breaker.get_stats()
         table.add_row(
             name,
             stats["state"],
+            stats["forced"] or "",
             str(stats["failure_count"]),
             str(stats["success_count"]),
             escape(stats["last_error"] or ""),
@@ -212,13 +227,68 @@ def breakers_list() -> None:
 @breakers_app.command("reset")
 def breakers_reset(name: Annotated[str, typer.Argument(help="Name of the breaker.")]) -> None:
     """Close a breaker and forget its failures."""
+    _breaker(name).reset()
+    console.print(f"{name} is closed.")
+
+
+@breakers_app.command("force-open")
+def breakers_force_open(name: Annotated[str, typer.Argument(help="Name of the breaker.")]) -> None:
+    """Let nothing through, until it is reset."""
+    _breaker(name).force_open()
+    console.print(f"{name} lets nothing through until `breakers reset {name}`.")
+
+
+@breakers_app.command("disable")
+def breakers_disable(name: Annotated[str, typer.Argument(help="Name of the breaker.")]) -> None:
+    """Let everything through, until it is reset."""
+    _breaker(name).disable()
+    console.print(f"{name} lets everything through until `breakers reset {name}`.")
+
+
+def _breaker(name: str) -> "CircuitBreaker":
     from robustness.circuit_breaker import all_circuit_breakers
 
     breakers = all_circuit_breakers()
     if name not in breakers:
-        raise UserError(f"There is no breaker {name!r}; there are {', '.join(sorted(breakers))}.")
-    breakers[name].reset()
-    console.print(f"{name} is closed.")
+        known = f"there are {', '.join(breakers)}" if breakers else "there are none yet"
+        raise UserError(f"There is no breaker {name!r}; {known}.")
+    return breakers[name]
+
+
+@app.command("doctor")
+def doctor_command() -> None:
+    """Try out all that the installation needs, and say what to fix."""
+    from audio_assets.doctor import Verdict, diagnose
+
+    styles = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILED: "red"}
+    table = Table("", "check", Column("found", overflow="fold"), Column("to do", overflow="fold"))
+    failed = 0
+    with console.status("trying things out"):
+        for finding in diagnose():
+            failed += finding.verdict is Verdict.FAILED
+            table.add_row(
+                f"[{styles[finding.verdict]}]{finding.verdict}[/]",
+                escape(finding.check),
+                escape(finding.found),
+                escape(finding.advice),
+            )
+    console.print(table)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _open_instance() -> "DagsterInstance":
+    """Open Dagster's instance; where it is new, one process at a time makes its databases."""
+    import dagster as dg
+    from filelock import FileLock
+
+    from audio_assets.assets import PARTITIONS
+    from audio_assets.settings import get_settings
+
+    with FileLock(get_settings().dagster_home / ".instance.lock"):
+        instance = dg.DagsterInstance.get()
+        instance.get_runs(limit=1)
+        instance.get_dynamic_partitions(PARTITIONS)
+    return instance
 
 
 def _scan(library: str | None) -> tuple[dict[str, Path], "LibraryScan"]:

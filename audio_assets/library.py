@@ -79,11 +79,18 @@ class LibraryScan:
     not_audio : int
         Number of files that are plainly something else: covers, texts, films, hidden files that
         have no audio extension.
+    unread : list of Path
+        Directories and files that are there but cannot be read now: what is in them is out of
+        reach, not gone.
+    unreachable : dict of str to str
+        What keeps a root from being read, by the root's name.
     """
 
     files: list[FileEntry] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     not_audio: int = 0
+    unread: list[Path] = field(default_factory=list)
+    unreachable: dict[str, str] = field(default_factory=dict)
 
 
 class Library:
@@ -111,7 +118,7 @@ class Library:
         for name in self.roots:
             encode_key(name, b"file")
 
-    def scan(self) -> LibraryScan:
+    def scan(self, *, only_reachable: bool = False) -> LibraryScan:
         """Find the files of all roots.
 
         Hidden files and directories are left out; a name that begins with two dots or more is
@@ -132,13 +139,34 @@ class Library:
         """
         scan = LibraryScan()
         for name, root in self.roots.items():
-            _RootScan(name, str(root), scan).run()
+            try:
+                _RootScan(name, str(root), scan).run()
+            except OSError as error:
+                if not only_reachable:
+                    raise
+                scan.unreachable[name] = str(error)
         scan.files.sort(key=lambda entry: entry.file_key)
         scan.left_out.sort(key=lambda left_out: left_out.path)
         return scan
 
+    def root_of(self, file_key: str) -> Path:
+        """Return the root that a file is below.
+
+        Raises
+        ------
+        FileKeyError
+            If it is not a key, or names a root this library has not.
+        """
+        name, _ = decode_key(file_key)
+        if name not in self.roots:
+            raise FileKeyError(
+                f"{file_key!r} is in library root {name!r}, which this library has not: "
+                f"its roots are {', '.join(map(repr, self.roots))}"
+            )
+        return self.roots[name]
+
     def path_of(self, file_key: str) -> Path:
-        """Return the path of a file, whether it exists or not.
+        """Return the path of a file, whether it exists or not, without a look at the storage.
 
         Parameters
         ----------
@@ -153,18 +181,20 @@ class Library:
         Raises
         ------
         FileKeyError
-            If it is not a key, names a root this library has not, or leads out of the root by a
-            symbolic link.
+            As `root_of`.
         """
-        name, relative = decode_key(file_key)
-        if name not in self.roots:
-            raise FileKeyError(
-                f"{file_key!r} is in library root {name!r}, which this library has not: "
-                f"its roots are {', '.join(map(repr, self.roots))}"
-            )
-        root = self.roots[name]
-        path = root / os.fsdecode(relative)
-        if not Path(os.path.realpath(path)).is_relative_to(root):
+        return self.root_of(file_key) / os.fsdecode(decode_key(file_key)[1])
+
+    def checked_path_of(self, file_key: str) -> Path:
+        """Return the path of a file that is really below its root.
+
+        Raises
+        ------
+        FileKeyError
+            As `root_of`, or if the path leads out of the root by a symbolic link.
+        """
+        path = self.path_of(file_key)
+        if not Path(os.path.realpath(path)).is_relative_to(self.root_of(file_key)):
             raise FileKeyError(f"{file_key!r} leads out of its library root by a symbolic link")
         return path
 
@@ -272,6 +302,7 @@ class _RootScan:
                     raise
                 if isinstance(error, FileNotFoundError):
                     continue  # It went away during the scan.
+                self.found.unread.append(Path(directory))
                 self.leave_out(directory, f"the directory cannot be read: {error.strerror}")
 
     def visit(self, entry: os.DirEntry[str]) -> bool:
@@ -288,6 +319,7 @@ class _RootScan:
         except FileNotFoundError:
             pass  # It went away during the scan.
         except OSError as error:
+            self.found.unread.append(Path(entry.path))
             self.leave_out(entry.path, f"it cannot be read: {error.strerror}")
         return False
 

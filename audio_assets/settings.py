@@ -3,8 +3,9 @@
 import os
 from functools import cache
 from pathlib import Path
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PROJECT_DAGSTER_HOME = Path(__file__).resolve().parent.parent / "dagster_home"
@@ -61,11 +62,25 @@ class AudioAssetsSettings(BaseSettings):
     batch_size: PositiveInt = Field(
         50, alias="AUDIO_ASSETS_BATCH_SIZE", description="Files per run of a backfill"
     )
+    timezone: str = Field(
+        "UTC",
+        alias="AUDIO_ASSETS_TIMEZONE",
+        description="Time zone of the nightly schedule, for instance Europe/Berlin",
+    )
     workers: PositiveInt = Field(
         default_factory=usable_cores,
         alias="AUDIO_ASSETS_WORKERS",
         description="Worker processes of a run; the usable cores if unset",
     )
+
+    @field_validator("timezone")
+    @classmethod
+    def _is_timezone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError("should be the name of a time zone, as Europe/Berlin") from None
+        return name
 
     @property
     def warehouse(self) -> Path:

@@ -1,0 +1,67 @@
+"""Takes the README's pictures from the real UI: `make screenshots`."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from playwright.sync_api import Page, expect, sync_playwright
+
+from audio_assets.sample_library import make_sample_library
+from tests.browser.conftest import Deployment, find_chromium, launch, running
+from tests.conftest import PROJECT, make_home
+
+IMAGES = PROJECT / "docs" / "images"
+
+
+def main() -> None:
+    expect.set_options(timeout=60_000)
+    with tempfile.TemporaryDirectory() as directory:
+        home = make_home(Path(directory))
+        library = home.path / "sample_library"
+        tracks = make_sample_library(library)
+        assert home.cli("analyze", str(library)).returncode == 0
+        with (
+            running(home, library, Path(directory) / "dagster_dev.log") as deployment,
+            sync_playwright() as driver,
+        ):
+            executable = find_chromium()
+            assert executable, "no browser: install chromium, or name one in CHROMIUM"
+            browser = launch(driver, executable)
+            page = browser.new_page(
+                base_url=deployment.url, viewport={"width": 1280, "height": 800}, locale="en-GB"
+            )
+            page.set_default_timeout(60_000)
+            faulty = [track.path for track in tracks if track.fault]
+            take_pictures(page, deployment, [os.fspath(p.relative_to(library)) for p in faulty])
+            browser.close()
+
+
+def take_pictures(page: Page, deployment: Deployment, faulty: list[str]) -> None:
+    page.goto("/locations/audio_assets/asset-groups/features/lineage")
+    expect(page.get_by_text("% filled").first).to_be_visible()
+    save(page, "assets")
+
+    page.goto("/assets/features/musicnn?view=partitions")
+    expect(page.get_by_text(f"Failed ({len(faulty)})")).to_be_visible()
+    page.locator("[data-tooltip]").filter(has=page.get_by_title("sample_library")).first.click()
+    expect(page.get_by_alt_text("musicnn")).to_be_visible()
+    save(page, "partitions")
+
+    # The first feature set that needed the audio; the later ones knew from it.
+    page.goto("/assets/features/chroma?view=partitions")
+    page.get_by_title(deployment.key(faulty[0]), exact=True).first.click()
+    page.get_by_role("button", name="View all historical events").click()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_role("cell", name=deployment.key(faulty[0])).click()
+    expect(dialog.get_by_text("what_to_do")).to_be_visible()
+    save(page, "failed")
+
+
+def save(page: Page, name: str) -> None:
+    page.mouse.move(0, 0)
+    page.wait_for_load_state("networkidle")
+    page.screenshot(path=IMAGES / f"{name}.png", animations="disabled")
+
+
+if __name__ == "__main__":
+    main()

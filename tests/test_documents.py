@@ -1,0 +1,93 @@
+"""The documents say what the code does."""
+
+import importlib.util
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from robustness.adaptive_timeout import get_timeout_manager
+from robustness.circuit_breaker import get_circuit_breaker
+from robustness.error_classifier import ErrorType, RecoveryStrategy, get_error_classifier
+from robustness.log_context import LOGGER_NAMES
+from robustness.settings import get_settings
+from robustness.smart_retry import get_retry_manager
+from robustness.state import get_state_store, reset_state_store
+from tests.conftest import PROJECT
+
+DOCS = PROJECT / "docs"
+ROBUSTNESS = (DOCS / "robustness.md").read_text("utf-8")
+
+
+@pytest.fixture
+def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """State in a home of this test's own."""
+    monkeypatch.delenv("ROBUSTNESS_STATE_URL", raising=False)
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    caches = (get_settings, get_timeout_manager, get_error_classifier, get_retry_manager)
+    for cached in caches:
+        cached.cache_clear()
+    reset_state_store()
+    levels = {name: logging.getLogger(name).level for name in LOGGER_NAMES}
+    yield
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+    monkeypatch.undo()
+    for cached in caches:
+        cached.cache_clear()
+    reset_state_store()
+
+
+@pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_generated_parts_are_up_to_date(path: Path) -> None:
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec is not None
+    assert spec.loader is not None
+    generate = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generate)
+    text = path.read_text("utf-8")
+    assert generate.render(text) == text, "run: .venv/bin/python docs/generate.py"
+
+
+def first_column(heading: str) -> list[str]:
+    """Return the names in the first column of the table under a head."""
+    table = ROBUSTNESS.partition(f"\n{heading}\n")[2].partition("\n\n")[0]
+    return re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE)
+
+
+def test_each_error_type_and_recovery_is_explained() -> None:
+    assert first_column("| type | what it means | what to do |") == list(ErrorType.__members__)
+    strategies = first_column("| strategy | what the next attempt does |")
+    assert sorted(strategies) == sorted(RecoveryStrategy)
+
+
+@pytest.mark.usefixtures("fresh_process")
+def test_examples_run(capfd: pytest.CaptureFixture[str]) -> None:
+    examples = re.findall(r"^```python\n(.*?)^```", ROBUSTNESS, flags=re.MULTILINE | re.DOTALL)
+    assert len(examples) == 6
+    for example in examples:
+        exec(compile(example, "docs/robustness.md", "exec"), {"__name__": "example"})
+    assert not get_state_store().degraded
+    assert get_circuit_breaker("catalogue").get_stats()["success_count"] == 1
+    assert get_timeout_manager().get_performance_stats("thumbnails")["samples"] == 1
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.usefixtures("fresh_process")
+def test_example_of_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (rule,) = re.findall(r"^```toml\n(.*?)^```", ROBUSTNESS, flags=re.MULTILINE | re.DOTALL)
+    (tmp_path / "pyproject.toml").write_text(rule)
+    monkeypatch.chdir(tmp_path)
+
+    class LicenceError(Exception):
+        __module__ = "vendor"
+        __qualname__ = "LicenceError"
+
+    info = get_error_classifier().classify(LicenceError("no seat left"))
+    assert (info.rule, info.error_type.name, info.severity.name) == (
+        "licence server busy",
+        "NETWORK",
+        "LOW",
+    )

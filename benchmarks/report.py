@@ -1,0 +1,298 @@
+"""Makes docs/benchmarks.md and its plots from the results.
+
+python -m benchmarks.report [--results DIRECTORY] [--docs DIRECTORY]
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import PROJECT, RESULTS
+
+SYSTEMS = {"plain": "plain Dagster", "fixed": "fixed settings", "product": "this project"}
+CONTESTANTS = {
+    "bare": "bare algorithms",
+    "project": "this project",
+    "essentia": "MusicExtractor",
+    "plain": "plain Dagster, a run per file",
+}
+_INK, _ACCENT = "#8a8f98", "#2f6fb2"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def figure(value: float | None, unit: str = "", digits: int = 1) -> str:
+    """Return a number for reading."""
+    return "-" if value is None else f"{value:,.{digits}f}{unit}"
+
+
+def about(results: Mapping[str, Any]) -> str:
+    """Say what a run was made on."""
+    machine = results["machine"]
+    versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items())
+    quick = " A quick run: its figures mean nothing." if results["quick"] else ""
+    return (
+        f"{machine['at'][:10]}, {machine['usable_cores']} cores ({machine['cpu']}, load "
+        f"{machine['load_at_start']:g} at the start), {machine['memory_gib']:g} GiB, "
+        f"Python {machine['python']}, {versions}. Audio from: {results['source']}.{quick}"
+    )
+
+
+def faults_section(results: Mapping[str, Any]) -> str:
+    """Return the section on faults."""
+    systems = results["systems"]
+    calm = systems["product_without_faults"]
+    rows = [
+        (
+            label,
+            f"{100 * s['success_rate']:.1f} % ({s['cells_had']} of {s['cells_possible']})",
+            s["cells_given_up"],
+            s["cells_not_reached"],
+            s["honest_cells_killed"],
+            s["wrong_retries"],
+            figure(s["wall_s"], " s", 0),
+            figure(s["recovery_p50_s"], " s"),
+            figure(s["recovery_p95_s"], " s"),
+            figure(s["worker_peak_mib"], " MiB", 0),
+        )
+        for name, label in SYSTEMS.items()
+        if (s := systems.get(name))
+    ]
+    header = ("", "cells had", "given up", "not reached", "honest killed", "wrong retries")
+    header += ("wall time", "recovery p50", "recovery p95", "worker's peak")
+    lost = [
+        (label, ", ".join(f"{kind}: {n}" for kind, n in sorted(systems[name]["lost"].items())))
+        for name, label in SYSTEMS.items()
+        if name in systems
+    ]
+    product = systems["product"]
+    checks = [
+        ("cells that could be had", "≥ 99.5 %", f"{100 * product['success_rate']:.1f} %"),
+        ("honest cells killed", "0", product["honest_cells_killed"]),
+        (
+            "wall time over that without faults",
+            "≤ 1.5",
+            f"{product['wall_s'] / calm['wall_s']:.2f}",
+        ),
+        (
+            "memory of a worker over its budget",
+            "≤ 1.25",
+            f"{product['worker_peak_mib'] / results['worker_memory_mib']:.2f}",
+        ),
+    ]
+    if product["recovery_p95_s"] and "fixed" in systems:
+        ratio = systems["fixed"]["recovery_p95_s"] / product["recovery_p95_s"]
+        checks.insert(2, ("recovery p95: with fixed settings over the project's", "≥ 10", f"{ratio:.1f}"))
+    library = results["library"]
+    return "\n\n".join(
+        [
+            "## Faults",
+            f"`make bench-faults`: {library['files']} files, {len(library['damaged'])} of them "
+            f"damaged, the others {library['seconds_per_file']:g} s long. {about(results)}",
+            table(header, rows),
+            f"Without faults the project takes {calm['wall_s']:.0f} s for this library.",
+            "![Cells had over time](images/benchmark-faults.svg)",
+            "What was lost, by what struck it:",
+            table(("", "cells lost"), [(label, kinds or "nothing") for label, kinds in lost]),
+            table(("target", "wanted", "found"), checks),
+        ]
+    )
+
+
+def compare_section(results: Mapping[str, Any]) -> str:
+    """Return the section on speed beside others."""
+    parts = [
+        "## Speed",
+        f"`make bench-speed`: {results['files']} tracks of {results['seconds_per_file']:g} s, "
+        f"{results['audio_s'] / 60:.0f} min of audio. {about(results)}",
+    ]
+    for name, title in (
+        ("with_musicnn", "All feature sets"),
+        ("without_musicnn", "Without MusiCNN"),
+    ):
+        rows = [
+            (
+                label,
+                figure(s["audio_s_per_s"]),
+                figure(s["cpu_s_per_audio_s"] * 1000, " ms"),
+                figure(s["wall_s"], " s"),
+            )
+            for system, label in CONTESTANTS.items()
+            if (s := results[name].get(system))
+        ]
+        header = (title, "seconds of audio per second", "CPU per second of audio", "wall time")
+        parts.append(table(header, rows))
+    parts.append("![CPU time per second of audio](images/benchmark-speed.svg)")
+    ratios = results["ratios"].items()
+    parts.append(table(("ratio", "found"), [(name, f"{value:.2f}") for name, value in ratios]))
+    parts.append("Where the project's CPU time goes, all feature sets:")
+    project, bare = results["with_musicnn"]["project"], results["with_musicnn"]["bare"]
+    inner = [
+        (name, figure(seconds, " s", 2), figure(bare["parts_cpu_s"].get(name), " s", 2))
+        for name, seconds in project["parts_cpu_s"].items()
+    ]
+    main = [(f"main process: {n}", figure(s, " s", 2), "") for n, s in _main_parts(project)]
+    workers = project["cpu_s"] - project["main_cpu_s"] - sum(project["parts_cpu_s"].values())
+    rest = [("workers' start, identifying files, IPC", figure(workers, " s", 2), "")]
+    parts.append(table(("", "this project", "bare algorithms"), [*inner, *main, *rest]))
+    return "\n\n".join(parts)
+
+
+def _main_parts(project: Mapping[str, Any]) -> list[tuple[str, float]]:
+    known = {"start-up": project["startup_cpu_s"], **project["main_parts_cpu_s"]}
+    known["anything else"] = project["main_cpu_s"] - sum(known.values())
+    return sorted(known.items(), key=lambda item: -item[1])
+
+
+def orchestration_section(results: Mapping[str, Any]) -> str:
+    """Return the section on the cost per file."""
+    rows = [
+        (
+            f"{run['files']:,}",
+            figure(run["wall_ms_per_file"], " ms"),
+            figure(run["cpu_ms_per_file"], " ms"),
+            figure(run["wall_s"], " s"),
+        )
+        for run in results["runs"]
+    ]
+    run = results["runs"][-1]
+    return "\n\n".join(
+        [
+            "## Cost of a file that costs nothing",
+            f"Feature sets that return at once ({run['feature_sets']} of them), so that only the "
+            f"project's own work counts, less its start. {about(results)}",
+            table(("files", "wall time per file", "CPU per file", "whole run"), rows),
+            "![Cost per file](images/benchmark-orchestration.svg)",
+            f"Where the main process's CPU time goes at {run['files']:,} files:",
+            table(
+                ("", "CPU", "calls"),
+                [
+                    (n, figure(s, " s", 2), run["main_parts_calls"].get(n, ""))
+                    for n, s in _main_parts(run)
+                ],
+            ),
+        ]
+    )
+
+
+def layer_section(results: Mapping[str, Any]) -> str:
+    """Return the section on the robustness layer."""
+    costs = results["microseconds"]
+    columns = ("in-process", "shared (SQLite)", "pybreaker", "tenacity")
+    rows = [(name, *(figure(by.get(column)) for column in columns)) for name, by in costs.items()]
+    return "\n\n".join(
+        [
+            "## The robustness layer's own cost",
+            f"Microseconds per operation, median of five rounds. {about(results)}",
+            table(("", *columns), rows),
+        ]
+    )
+
+
+# Plots
+
+
+def plot(found: Mapping[str, Mapping[str, Any]], images: Path) -> None:
+    """Draw the plots of what there are results of."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    mpl.rcParams["svg.hashsalt"] = "audio-assets"  # the same results, the same file
+    from matplotlib import pyplot
+
+    images.mkdir(parents=True, exist_ok=True)
+
+    def save(name: str) -> None:
+        pyplot.gca().spines[["top", "right"]].set_visible(False)
+        pyplot.tight_layout()
+        pyplot.savefig(images / f"benchmark-{name}.svg", metadata={"Date": None})
+        pyplot.close()
+
+    if "faults" in found:
+        pyplot.figure(figsize=(7, 3.2))
+        styles = {"plain": (_INK, ":"), "fixed": (_INK, "-"), "product": (_ACCENT, "-")}
+        for name, label in SYSTEMS.items():
+            system = found["faults"]["systems"].get(name)
+            if system is None:
+                continue
+            times = [0.0, *system["done_at_s"]]
+            colour, line = styles[name]
+            pyplot.step(times, range(len(times)), color=colour, linestyle=line, label=label)
+        possible = found["faults"]["systems"]["product"]["cells_possible"]
+        pyplot.axhline(possible, color=_INK, linewidth=0.5)
+        pyplot.xlabel("seconds since the first attempt")
+        pyplot.ylabel("cells had")
+        pyplot.legend(frameon=False)
+        save("faults")
+    if "speed-compare" in found:
+        compare = found["speed-compare"]
+        bars = [
+            (f"{label}{', without MusiCNN' if name == 'without_musicnn' else ''}", system, s)
+            for name in ("with_musicnn", "without_musicnn")
+            for system, label in CONTESTANTS.items()
+            if (s := compare[name].get(system))
+        ]
+        pyplot.figure(figsize=(7, 3.2))
+        values = [s["cpu_s_per_audio_s"] * 1000 for *_, s in bars]
+        colours = [_ACCENT if system == "project" else _INK for _, system, _ in bars]
+        drawn = pyplot.barh([label for label, *_ in bars], values, color=colours)
+        pyplot.bar_label(drawn, fmt="%.0f", padding=3)
+        pyplot.gca().invert_yaxis()
+        pyplot.xlabel("CPU time per second of audio (ms)")
+        save("speed")
+    if "speed-orchestration" in found:
+        runs = found["speed-orchestration"]["runs"]
+        pyplot.figure(figsize=(7, 2.6))
+        sizes = [run["files"] for run in runs]
+        for key, colour, label in (
+            ("wall_ms_per_file", _INK, "wall time"),
+            ("cpu_ms_per_file", _ACCENT, "CPU time"),
+        ):
+            pyplot.plot(sizes, [run[key] for run in runs], "o-", color=colour, label=label)
+        pyplot.xscale("log")
+        pyplot.ylim(bottom=0)
+        pyplot.xlabel("files")
+        pyplot.ylabel("ms per file")
+        pyplot.legend(frameon=False)
+        save("orchestration")
+
+
+SECTIONS = {
+    "faults": faults_section,
+    "speed-compare": compare_section,
+    "speed-orchestration": orchestration_section,
+    "speed-layer": layer_section,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=PROJECT / "docs")
+    arguments = parser.parse_args()
+    found = {
+        name: json.loads(path.read_text())
+        for name in SECTIONS
+        if (path := arguments.results / f"{name}.json").exists()
+    }
+    if not found:
+        raise SystemExit(f"There are no results in {arguments.results}; run a benchmark first.")
+    plot(found, arguments.docs / "images")
+    page = [
+        "# Benchmarks",
+        "Made by `python -m benchmarks.report`; what each figure means is told in "
+        "[benchmarks/README.md](../benchmarks/README.md).",
+        *(SECTIONS[name](results) for name, results in found.items()),
+    ]
+    (arguments.docs / "benchmarks.md").write_text("\n\n".join(page) + "\n")
+    print(arguments.docs / "benchmarks.md")
+
+
+if __name__ == "__main__":
+    main()

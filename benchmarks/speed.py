@@ -1,0 +1,219 @@
+"""What the project costs beside its bare algorithms, Essentia's MusicExtractor and plain Dagster.
+
+python -m benchmarks.speed [--quick] [--minutes M] [--tiny-files N ...] [--results DIRECTORY]
+"""
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from audio_assets.audio import Audio, decode
+from audio_assets.features import FEATURE_SETS
+from benchmarks.corpus import Source, find_source, make_library, make_tiny_library
+from benchmarks.measure import (
+    PROJECT,
+    clean_environment,
+    machine,
+    run_tree,
+    write_results,
+)
+from benchmarks.speed_systems import CANNED, FEATURE_SETS_WANTED, REPORT
+
+ALL = tuple(FEATURE_SETS)
+WITHOUT_MUSICNN = tuple(name for name in ALL if name != "musicnn")
+TINY_SETS = ("metadata", "loudness")
+"""Feature sets of the runs that count orchestration alone."""
+
+TRACK_S = 200.0
+PLAIN_FILES = 2
+
+
+def run_system(
+    system: str,
+    library: Path,
+    feature_sets: Sequence[str],
+    directory: Path,
+    extra: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """Run a system on a library in a home of its own, and return its figures."""
+    directory.mkdir(parents=True)
+    home = directory / "home"
+    home.mkdir()
+    shutil.copy(PROJECT / "dagster_home" / "dagster.yaml", home)
+    report = directory / "report.json"
+    log = directory / "run.log"
+    usage = run_tree(
+        [sys.executable, "-m", "benchmarks.speed_systems", system, str(library)],
+        clean_environment(
+            DAGSTER_HOME=str(home),
+            **{REPORT: str(report), FEATURE_SETS_WANTED: ",".join(feature_sets)},
+            **(extra or {}),
+        ),
+        log=log,
+    )
+    if usage.returncode or not report.exists():
+        raise SystemExit(f"{system} failed:\n{log.read_text()[-4000:]}")
+    figures = {name: value for name, value in asdict(usage).items() if name != "peak_mib"}
+    shutil.rmtree(home)
+    return figures | json.loads(report.read_text())
+
+
+def compare(source: Source, scratch: Path, minutes: float, seconds: float) -> dict[str, Any]:
+    """Compare the systems on tracks of usual length, with and without MusiCNN."""
+    library = scratch / "music"
+    count = max(round(minutes * 60 / seconds), 2)
+    files = make_library(source, library, files=count, seconds=seconds, seed=1)
+    audio_s = count * seconds
+    found: dict[str, Any] = {"audio_s": audio_s, "files": len(files), "seconds_per_file": seconds}
+    for name, sets in (("with_musicnn", ALL), ("without_musicnn", WITHOUT_MUSICNN)):
+        found[name] = {
+            system: _per_second(run_system(system, library, sets, scratch / name / system), audio_s)
+            for system in ("bare", "project", "essentia")
+            if not (system == "essentia" and name == "with_musicnn")
+        }
+        _tell(found[name], name)
+    sample = scratch / "sample"
+    sample.mkdir()
+    for path in files[:PLAIN_FILES]:
+        shutil.copy(path, sample)
+    sampled_s = min(PLAIN_FILES, count) * seconds
+    for name, sets in (("with_musicnn", ALL), ("without_musicnn", WITHOUT_MUSICNN)):
+        plain = run_system("plain", sample, sets, scratch / name / "plain")
+        found[name]["plain"] = _per_second(plain, sampled_s) | {"files": PLAIN_FILES}
+    found["ratios"] = _ratios(found)
+    return found
+
+
+def _per_second(figures: dict[str, Any], audio_s: float) -> dict[str, Any]:
+    return figures | {
+        "audio_s": audio_s,
+        "audio_s_per_s": audio_s / figures["wall_s"],
+        "cpu_s_per_audio_s": figures["cpu_s"] / audio_s,
+    }
+
+
+def _ratios(found: Mapping[str, Any]) -> dict[str, float]:
+    def cpu(name: str, system: str) -> float:
+        return float(found[name][system]["cpu_s_per_audio_s"])
+
+    def wall(name: str, system: str) -> float:
+        return 1 / float(found[name][system]["audio_s_per_s"])
+
+    ratios = {}
+    for name in ("with_musicnn", "without_musicnn"):
+        ratios[f"project over bare, CPU, {name}"] = cpu(name, "project") / cpu(name, "bare")
+        ratios[f"project over bare, wall, {name}"] = wall(name, "project") / wall(name, "bare")
+        ratios[f"plain over project, wall, {name}"] = wall(name, "plain") / wall(name, "project")
+        project = found[name]["project"]
+        start = project["startup_cpu_s"]
+        ratios[f"project over bare, CPU, without start-up, {name}"] = (
+            project["cpu_s"] - start
+        ) / found[name]["bare"]["cpu_s"]
+    for kind, measure in (("CPU", cpu), ("wall", wall)):
+        ratios[f"MusicExtractor over project, {kind}, without_musicnn"] = measure(
+            "without_musicnn", "essentia"
+        ) / measure("without_musicnn", "project")
+    return ratios
+
+
+def _tell(systems: Mapping[str, Any], name: str) -> None:
+    for system, figures in systems.items():
+        print(
+            f"{name:16} {system:9} {figures['audio_s_per_s']:7.1f} s of audio per s, "
+            f"{figures['cpu_s_per_audio_s'] * 1000:6.1f} ms CPU per s of audio",
+            flush=True,
+        )
+
+
+def orchestration(scratch: Path, sizes: Sequence[int]) -> list[dict[str, Any]]:
+    """Measure what a file costs when analysing it costs nothing, by the size of the library."""
+    scratch.mkdir()
+    (example,) = make_tiny_library(scratch / "example", 1)
+    decode(example, scratch / "example.npy")
+    audio = Audio.open(scratch / "example.npy", example)
+    canned = scratch / "canned.json"
+    canned.write_text(
+        json.dumps(
+            {name: FEATURE_SETS[name].extract(audio) for name in TINY_SETS},
+            default=lambda value: value.isoformat(),
+        )
+    )
+    results = []
+    base: dict[str, Any] = {}
+    for size in (1, *sizes):
+        library = scratch / f"tiny {size}"
+        make_tiny_library(library, size)
+        figures = run_system(
+            "project", library, TINY_SETS, scratch / f"run {size}", {CANNED: str(canned)}
+        )
+        shutil.rmtree(library)
+        if not base:
+            base = figures  # start-up, and one file
+            continue
+        cells = size * len(TINY_SETS)
+        own = {kind: figures[f"{kind}_s"] - base[f"{kind}_s"] for kind in ("wall", "cpu")}
+        results.append(
+            figures
+            | {
+                "files": size,
+                "feature_sets": len(TINY_SETS),
+                "startup_wall_s": base["wall_s"],
+                "startup_cpu_total_s": base["cpu_s"],
+                "wall_ms_per_file": own["wall"] / (size - 1) * 1000,
+                "cpu_ms_per_file": own["cpu"] / (size - 1) * 1000,
+                "wall_ms_per_cell": own["wall"] / cells * 1000,
+            }
+        )
+        print(
+            f"{size} files: {results[-1]['wall_ms_per_file']:.1f} ms wall and "
+            f"{results[-1]['cpu_ms_per_file']:.1f} ms CPU per file",
+            flush=True,
+        )
+    return results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a few seconds of audio, 3 tiny files")
+    parser.add_argument("--minutes", type=float, default=80.0, help="minutes of audio")
+    parser.add_argument(
+        "--tiny-files", type=int, nargs="*", default=[100, 1000], help="sizes of tiny libraries"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="*",
+        choices=["compare", "orchestration", "layer"],
+        default=["compare", "orchestration", "layer"],
+        help="what to measure; what is left out stays as it was in the results",
+    )
+    parser.add_argument("--results", type=Path, help="directory for speed.json")
+    arguments = parser.parse_args()
+    minutes, sizes, seconds = arguments.minutes, arguments.tiny_files, TRACK_S
+    if arguments.quick:
+        minutes, sizes, seconds = 0.1, [3], 3.0
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        source = find_source(scratch)
+        for part in arguments.parts:
+            about = {"machine": machine(), "quick": arguments.quick, "source": source.kind}
+            match part:
+                case "compare":
+                    found: Any = compare(source, scratch, minutes, seconds)
+                case "orchestration":
+                    found = {"runs": orchestration(scratch / "tiny", sizes)}
+                case _:
+                    from benchmarks import layer  # pybreaker is in the dependency group bench
+
+                    found = layer.measure(scratch / "layer", quick=arguments.quick)
+            print(write_results(f"speed-{part}", about | found, arguments.results))
+
+
+if __name__ == "__main__":
+    main()

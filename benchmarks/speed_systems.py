@@ -1,0 +1,327 @@
+"""The systems that `benchmarks.speed` compares, each run as a process of its own.
+
+    python -m benchmarks.speed_systems bare|essentia|project|plain LIBRARY
+
+Each writes what it knows of its own time to the file that `REPORT` names; its CPU time as a whole
+is measured from outside. Nothing heavy is imported at the top: workers run this module again.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+REPORT = "AUDIO_ASSETS_BENCHMARK_REPORT"
+FEATURE_SETS_WANTED = "AUDIO_ASSETS_BENCHMARK_FEATURE_SETS"
+CANNED = "AUDIO_ASSETS_BENCHMARK_CANNED"
+"""Environment variable: JSON of rows that feature sets return in place of analysing anything."""
+
+
+def main() -> None:
+    system, library = sys.argv[1:]
+    keep_wanted()
+    {"bare": _run_bare, "essentia": _run_essentia, "project": _run_project, "plain": _run_plain}[
+        system
+    ](library)
+
+
+def keep_wanted() -> None:
+    """Leave only the wanted feature sets, in this process."""
+    from dataclasses import replace
+
+    from audio_assets.features import FEATURE_SETS
+
+    wanted = os.environ[FEATURE_SETS_WANTED].split(",")
+    for name in list(FEATURE_SETS):
+        if name not in wanted:
+            del FEATURE_SETS[name]
+        elif CANNED in os.environ:
+            FEATURE_SETS[name] = replace(
+                FEATURE_SETS[name],
+                extract=CannedRow(name),
+                extract_alternative=CannedRow(name),
+                reads_pcm=False,
+            )
+
+
+class CannedRow:
+    """An extractor that costs nothing."""
+
+    def __init__(self, feature_set: str) -> None:
+        self.feature_set = feature_set
+
+    def __call__(self, _: object) -> dict[str, Any]:
+        rows: dict[str, dict[str, Any]] = _canned_rows()
+        return rows[self.feature_set]
+
+
+def _canned_rows(kept: dict[str, Any] = {}) -> dict[str, Any]:  # noqa: B006 - read once per process
+    if not kept:
+        kept.update(json.loads(Path(os.environ[CANNED]).read_text()))
+    return kept
+
+
+def _files(library: str) -> list[Path]:
+    return sorted(path for path in Path(library).rglob("*") if path.is_file())
+
+
+def _workers() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def _report(found: dict[str, Any]) -> None:
+    Path(os.environ[REPORT]).write_text(json.dumps(found))
+
+
+def _summed(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = defaultdict(float)
+    for part in parts:
+        for name, seconds in part.items():
+            total[name] += seconds
+    return dict(total)
+
+
+# Bare algorithms, and Essentia's own extractor, in a process pool
+
+
+def extract_all(path: Path) -> dict[str, float]:
+    """Decode a file once and extract everything; return the CPU time of each part (s)."""
+    import tempfile
+
+    from audio_assets.audio import Audio, decode
+    from audio_assets.features import FEATURE_SETS
+
+    times = {}
+    with tempfile.TemporaryDirectory() as directory:
+        began = time.process_time()
+        pcm = Path(directory) / "pcm.npy"
+        decode(path, pcm)
+        audio = Audio.open(pcm, path)
+        times["decode"] = time.process_time() - began
+        for name, feature_set in FEATURE_SETS.items():
+            began = time.process_time()
+            feature_set.extract(audio)
+            times[name] = time.process_time() - began
+    return times
+
+
+def _run_bare(library: str) -> None:
+    import multiprocessing
+
+    import audio_assets.preload  # noqa: F401 - before the fork, once for all workers
+
+    with multiprocessing.get_context("fork").Pool(_workers()) as pool:
+        times = pool.map(extract_all, _files(library), chunksize=1)
+        pool.close()
+        pool.join()
+    _report({"parts_cpu_s": _summed(times)})
+
+
+def music_extractor(path: Path) -> None:
+    """Run Essentia's MusicExtractor, which decodes and computes all of its descriptors."""
+    import essentia
+    import essentia.standard
+
+    essentia.log.infoActive = essentia.log.warningActive = False
+    essentia.standard.MusicExtractor()(str(path))
+
+
+def _run_essentia(library: str) -> None:
+    import multiprocessing
+
+    import essentia.standard  # noqa: F401 - before the fork
+
+    with multiprocessing.get_context("fork").Pool(_workers()) as pool:
+        pool.map(music_extractor, _files(library), chunksize=1)
+        pool.close()
+        pool.join()
+    _report({})
+
+
+# The project, watched
+
+
+class Watch:
+    """CPU time of the calling thread and wall time by category, each moment in one category."""
+
+    def __init__(self) -> None:
+        self.cpu: dict[str, float] = defaultdict(float)
+        self.wall: dict[str, float] = defaultdict(float)
+        self.calls: dict[str, int] = defaultdict(int)
+        self._lock = threading.Lock()
+        self._inner = threading.local()
+
+    def method(self, owner: Any, name: str, category: str) -> None:
+        """Watch a function of a class or module."""
+        original: Callable[..., Any] = getattr(owner, name)
+
+        @wraps(original)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            stack = self._inner.__dict__.setdefault("stack", [])
+            stack.append([0.0, 0.0])
+            cpu, wall = time.thread_time(), time.perf_counter()
+            try:
+                return original(*args, **kwargs)
+            finally:
+                cpu, wall = time.thread_time() - cpu, time.perf_counter() - wall
+                inner_cpu, inner_wall = stack.pop()
+                if stack:
+                    stack[-1][0] += cpu
+                    stack[-1][1] += wall
+                with self._lock:
+                    self.cpu[category] += cpu - inner_cpu
+                    self.wall[category] += wall - inner_wall
+                    self.calls[category] += 1
+
+        setattr(owner, name, watched)
+
+
+def timed_attempt(task: Any) -> Any:
+    """Make an attempt and append the CPU time of its parts to the report's list."""
+    import audio_assets.worker as worker
+
+    spent = {"decode": 0.0}
+    decode = worker.decode
+
+    def timed_decode(*args: Any, **kwargs: Any) -> Any:
+        began = time.process_time()
+        try:
+            return decode(*args, **kwargs)
+        finally:
+            spent["decode"] += time.process_time() - began
+
+    began = time.process_time()
+    worker.decode = timed_decode
+    try:
+        return worker.run_attempt(task)
+    finally:
+        worker.decode = decode
+        spent[task.feature_set.name] = time.process_time() - began - spent["decode"]
+        with Path(f"{os.environ[REPORT]}.parts").open("a") as file:
+            file.write(json.dumps(spent) + "\n")
+
+
+def _run_project(library: str) -> None:
+    import dagster as dg
+
+    import audio_assets.analysis
+    import audio_assets.cli
+    import audio_assets.extraction
+    from audio_assets.identification import Identification
+    from audio_assets.scratch import Scratch
+    from audio_assets.warehouse.landing import Landing
+    from audio_assets.warehouse.publisher import Publisher
+    from benchmarks.speed_systems import timed_attempt as importable
+    from robustness.adaptive_timeout import AdaptiveTimeoutManager
+    from robustness.state import StateStore
+    from robustness.worker_pool import WorkerPool
+
+    watch = Watch()
+    for owner, name, category in (
+        (dg.DagsterInstance, "handle_new_event", "events"),
+        (dg.DagsterInstance, "create_run_for_job", "creating runs"),
+        (dg.DagsterInstance, "create_run", "creating runs"),
+        (dg.DagsterInstance, "get_records_for_run", "progress bar"),
+        (Landing, "append", "landing"),
+        (Landing, "latest", "reading the landing"),
+        (Publisher, "publish", "publishing"),
+        (StateStore, "transact", "state store"),
+        (StateStore, "query", "state store"),
+        (Scratch, "trim", "trimming the scratch"),
+        (WorkerPool, "_run_lane", "workers' lanes (IPC)"),
+        (Identification, "look_at", "identifying files"),
+        (AdaptiveTimeoutManager, "timeout_in_force", "timeouts"),
+        (AdaptiveTimeoutManager, "record_performance", "timeouts"),
+        (audio_assets.analysis, "run_batches", "Dagster and the rest of a run"),
+    ):
+        watch.method(owner, name, category)
+    run_batches = audio_assets.analysis.run_batches
+
+    started: dict[str, float] = {}
+
+    def noted(*args: Any, **kwargs: Any) -> None:
+        started["cpu"] = time.process_time()
+        run_batches(*args, **kwargs)
+
+    audio_assets.analysis.run_batches = noted
+    if CANNED not in os.environ:
+        audio_assets.extraction.run_attempt = importable
+    audio_assets.cli._show_results = lambda *_: 0  # it shows columns of all feature sets
+    try:
+        audio_assets.cli.app(["analyze", library])
+    except SystemExit as ended:
+        if ended.code:
+            raise
+    finally:
+        parts = Path(f"{os.environ[REPORT]}.parts")
+        lines = parts.read_text().splitlines() if parts.exists() else []
+        _report(
+            {
+                "parts_cpu_s": _summed([json.loads(line) for line in lines]),
+                "main_cpu_s": time.process_time(),
+                "startup_cpu_s": started.get("cpu", 0.0),
+                "main_parts_cpu_s": watch.cpu,
+                "main_parts_wall_s": watch.wall,
+                "main_parts_calls": watch.calls,
+            }
+        )
+
+
+# Plain Dagster: a run per file, an asset per feature set, each of which decodes the file
+
+
+def plain_job():  # noqa: ANN201 - dagster is imported when it runs
+    import dagster as dg
+
+    from audio_assets.features import FEATURE_SETS
+
+    keep_wanted()
+    definitions = dg.Definitions(
+        assets=[_plain_asset(name) for name in FEATURE_SETS], jobs=[dg.define_asset_job("plain")]
+    )
+    return definitions.resolve_job_def("plain")
+
+
+def _plain_asset(name):  # noqa: ANN001, ANN202
+    import dagster as dg
+
+    @dg.asset(name=name)
+    def extract(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
+        from audio_assets.features import FEATURE_SETS
+        from audio_assets.worker import CellTask, run_attempt
+
+        pcm = Path(os.environ["DAGSTER_HOME"]) / f"{context.run_id} {name}.npy"
+        path = Path(context.run.tags["file"])
+        result = run_attempt(CellTask(path, FEATURE_SETS[name], pcm))
+        pcm.unlink(missing_ok=True)
+        return dg.MaterializeResult(metadata={"row": json.dumps(result.row, default=str)})
+
+    return extract
+
+
+def _run_plain(library: str) -> None:
+    import dagster as dg
+
+    from benchmarks.speed_systems import plain_job as importable
+
+    with dg.DagsterInstance.get() as instance:
+        for path in _files(library):
+            dg.execute_job(
+                dg.reconstructable(importable),
+                instance,
+                tags={"file": str(path)},
+                run_config={
+                    "execution": {"config": {"multiprocess": {"max_concurrent": _workers()}}}
+                },
+            )
+    _report({})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""Each benchmark's command works, on the tiniest library."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import PROJECT
+
+
+def command(module: str, *arguments: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "LIBRARY"}
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{module}", *arguments],
+        cwd=PROJECT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("results")
+
+
+@pytest.mark.slow
+def test_faults(results: Path) -> None:
+    command("faults", "--quick", "--systems", "product", "--results", str(results))
+    found = json.loads((results / "faults.json").read_text())["systems"]["product"]
+    assert found["success_rate"] == 1
+    assert set(found["faults_by_kind"]) == {"io_error", "flaky", "segfault"}
+    assert found["worker_peak_mib"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", ["compare", "orchestration", "layer"])
+def test_speed(results: Path, part: str) -> None:
+    if part == "layer":
+        pytest.importorskip("pybreaker", reason="the dependency group bench is not installed")
+    command("speed", "--quick", "--parts", part, "--results", str(results))
+    found = json.loads((results / f"speed-{part}.json").read_text())
+    if part == "compare":
+        project = found["with_musicnn"]["project"]
+        assert set(project["parts_cpu_s"]) > {"decode", "rhythm", "musicnn"}
+        assert 0 < project["main_cpu_s"] < project["cpu_s"]
+
+
+@pytest.mark.slow
+def test_report_of_all_results(results: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the dependency group bench is not installed")
+    if len(list(results.iterdir())) < 4:
+        pytest.skip("the commands before this one have not all run")
+    command("report", "--results", str(results), "--docs", str(tmp_path))
+    page = (tmp_path / "benchmarks.md").read_text()
+    for picture in ("faults", "speed", "orchestration"):
+        assert f"images/benchmark-{picture}.svg" in page
+        assert (tmp_path / "images" / f"benchmark-{picture}.svg").stat().st_size > 0

@@ -69,17 +69,23 @@ class Identification:
         seen: list[Row] = []
         while waiting or in_flight:
             if waiting and len(in_flight) < 2 * self._workers:
-                key = waiting.popleft()
+                key = waiting[0]
                 try:
                     permit = self._permit(key, lease_seconds=2 * sum(timeout.values()))
-                except (FileKeyError, CircuitBreakerOpenError) as error:
-                    self._failed(key, error)
+                except FileKeyError as error:
+                    self._failed(waiting.popleft(), error)
                     continue
-                future = self._pool.submit(
-                    identify, self._library, key, known.get(key), timeout=timeout
-                )
-                in_flight.append((key, permit, future))
-                continue
+                except CircuitBreakerOpenError as refusal:
+                    # What is in flight may be the probe that closes the breaker.
+                    if not in_flight:
+                        self._failed(waiting.popleft(), refusal)
+                        continue
+                else:
+                    future = self._pool.submit(
+                        identify, self._library, key, known.get(key), timeout=timeout
+                    )
+                    in_flight.append((waiting.popleft(), permit, future))
+                    continue
             key, permit, future = in_flight.popleft()
             failure = future.exception()
             identity = known.get(key)

@@ -256,7 +256,7 @@ def run_system(
     )
     if learned_from:
         _copy_timings(learned_from, home / "robustness.db")
-    if system != "plain":
+    if system != "plain" and outside_faults:
         tiny = directory / "tiny"
         make_tiny_library(tiny, 1)  # the database is there before the run
         run_tree(
@@ -509,6 +509,7 @@ def run(*, quick: bool, seed: int, scratch: Path, systems: Sequence[str]) -> dic
             scratch / system,
             limit_s=scale.plain_limit_s if system == "plain" else None,
             learned_from=learned if system == "product" else None,
+            outside_faults=not quick,
         )
         note(system, outcome, plan)
     return results

@@ -88,7 +88,9 @@ def faults_section(results: Mapping[str, Any]) -> str:
     ]
     if product["recovery_p95_s"] and "fixed" in systems:
         ratio = systems["fixed"]["recovery_p95_s"] / product["recovery_p95_s"]
-        checks.insert(2, ("recovery p95: with fixed settings over the project's", "≥ 10", f"{ratio:.1f}"))
+        checks.insert(
+            2, ("recovery p95: with fixed settings over the project's", "≥ 10", f"{ratio:.1f}")
+        )
     library = results["library"]
     return "\n\n".join(
         [

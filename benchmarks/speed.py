@@ -26,8 +26,7 @@ from benchmarks.measure import (
 )
 from benchmarks.speed_systems import CANNED, FEATURE_SETS_WANTED, REPORT
 
-ALL = tuple(FEATURE_SETS)
-WITHOUT_MUSICNN = tuple(name for name in ALL if name != "musicnn")
+QUICK_SETS = ("metadata", "rhythm", "musicnn")
 TINY_SETS = ("metadata", "loudness")
 """Feature sets of the runs that count orchestration alone."""
 
@@ -65,14 +64,26 @@ def run_system(
     return figures | json.loads(report.read_text())
 
 
-def compare(source: Source, scratch: Path, minutes: float, seconds: float) -> dict[str, Any]:
+def compare(
+    source: Source,
+    scratch: Path,
+    feature_sets: Sequence[str],
+    *,
+    minutes: float,
+    seconds: float,
+    plain_files: int,
+) -> dict[str, Any]:
     """Compare the systems on tracks of usual length, with and without MusiCNN."""
+    variants = {
+        "with_musicnn": feature_sets,
+        "without_musicnn": [name for name in feature_sets if name != "musicnn"],
+    }
     library = scratch / "music"
     count = max(round(minutes * 60 / seconds), 2)
     files = make_library(source, library, files=count, seconds=seconds, seed=1)
     audio_s = count * seconds
     found: dict[str, Any] = {"audio_s": audio_s, "files": len(files), "seconds_per_file": seconds}
-    for name, sets in (("with_musicnn", ALL), ("without_musicnn", WITHOUT_MUSICNN)):
+    for name, sets in variants.items():
         found[name] = {
             system: _per_second(run_system(system, library, sets, scratch / name / system), audio_s)
             for system in ("bare", "project", "essentia")
@@ -81,12 +92,11 @@ def compare(source: Source, scratch: Path, minutes: float, seconds: float) -> di
         _tell(found[name], name)
     sample = scratch / "sample"
     sample.mkdir()
-    for path in files[:PLAIN_FILES]:
+    for path in files[:plain_files]:
         shutil.copy(path, sample)
-    sampled_s = min(PLAIN_FILES, count) * seconds
-    for name, sets in (("with_musicnn", ALL), ("without_musicnn", WITHOUT_MUSICNN)):
+    for name, sets in variants.items():
         plain = run_system("plain", sample, sets, scratch / name / "plain")
-        found[name]["plain"] = _per_second(plain, sampled_s) | {"files": PLAIN_FILES}
+        found[name]["plain"] = _per_second(plain, plain_files * seconds) | {"files": plain_files}
     found["ratios"] = _ratios(found)
     return found
 
@@ -195,9 +205,7 @@ def main() -> None:
     )
     parser.add_argument("--results", type=Path, help="directory for speed.json")
     arguments = parser.parse_args()
-    minutes, sizes, seconds = arguments.minutes, arguments.tiny_files, TRACK_S
-    if arguments.quick:
-        minutes, sizes, seconds = 0.1, [3], 3.0
+    sizes = [3] if arguments.quick else arguments.tiny_files
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         source = find_source(scratch)
@@ -205,7 +213,20 @@ def main() -> None:
             about = {"machine": machine(), "quick": arguments.quick, "source": source.kind}
             match part:
                 case "compare":
-                    found: Any = compare(source, scratch, minutes, seconds)
+                    found: Any = (
+                        compare(
+                            source, scratch, QUICK_SETS, minutes=0.1, seconds=3.0, plain_files=1
+                        )
+                        if arguments.quick
+                        else compare(
+                            source,
+                            scratch,
+                            list(FEATURE_SETS),
+                            minutes=arguments.minutes,
+                            seconds=TRACK_S,
+                            plain_files=PLAIN_FILES,
+                        )
+                    )
                 case "orchestration":
                     found = {"runs": orchestration(scratch / "tiny", sizes)}
                 case _:

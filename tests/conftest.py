@@ -15,7 +15,7 @@ import pytest
 import soundfile
 
 from audio_assets import settings
-from robustness import adaptive_timeout
+from robustness import adaptive_timeout, circuit_breaker
 from robustness.adaptive_timeout import get_timeout_manager
 from robustness.error_classifier import get_error_classifier
 from robustness.settings import get_settings
@@ -115,6 +115,7 @@ def forget_state() -> None:
     get_settings.cache_clear()
     for manager in (get_timeout_manager, get_error_classifier, get_retry_manager):
         manager.cache_clear()
+    circuit_breaker._registry.clear()
     reset_state_store()
 
 

@@ -10,12 +10,10 @@ import pytest
 
 from robustness.adaptive_timeout import get_timeout_manager
 from robustness.circuit_breaker import get_circuit_breaker
-from robustness.error_classifier import ErrorType, RecoveryStrategy, get_error_classifier
+from robustness.error_classifier import ErrorType, RecoveryStrategy
 from robustness.log_context import LOGGER_NAMES
-from robustness.settings import get_settings
-from robustness.smart_retry import get_retry_manager
-from robustness.state import get_state_store, reset_state_store
-from tests.conftest import PROJECT
+from robustness.state import get_state_store
+from tests.conftest import PROJECT, forget_state
 
 DOCS = PROJECT / "docs"
 ROBUSTNESS = (DOCS / "robustness.md").read_text("utf-8")
@@ -26,18 +24,13 @@ def fresh_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[N
     """State in a home of this test's own."""
     monkeypatch.delenv("ROBUSTNESS_STATE_URL", raising=False)
     monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
-    caches = (get_settings, get_timeout_manager, get_error_classifier, get_retry_manager)
-    for cached in caches:
-        cached.cache_clear()
-    reset_state_store()
+    forget_state()
     levels = {name: logging.getLogger(name).level for name in LOGGER_NAMES}
     yield
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     monkeypatch.undo()
-    for cached in caches:
-        cached.cache_clear()
-    reset_state_store()
+    forget_state()
 
 
 @pytest.mark.parametrize("path", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
@@ -73,21 +66,3 @@ def test_examples_run(capfd: pytest.CaptureFixture[str]) -> None:
     assert get_circuit_breaker("catalogue").get_stats()["success_count"] == 1
     assert get_timeout_manager().get_performance_stats("thumbnails")["samples"] == 1
     assert capfd.readouterr().out == ""
-
-
-@pytest.mark.usefixtures("fresh_process")
-def test_example_of_a_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (rule,) = re.findall(r"^```toml\n(.*?)^```", ROBUSTNESS, flags=re.MULTILINE | re.DOTALL)
-    (tmp_path / "pyproject.toml").write_text(rule)
-    monkeypatch.chdir(tmp_path)
-
-    class LicenceError(Exception):
-        __module__ = "vendor"
-        __qualname__ = "LicenceError"
-
-    info = get_error_classifier().classify(LicenceError("no seat left"))
-    assert (info.rule, info.error_type.name, info.severity.name) == (
-        "licence server busy",
-        "NETWORK",
-        "LOW",
-    )

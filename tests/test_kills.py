@@ -13,13 +13,14 @@ from pathlib import Path
 import dagster as dg
 import duckdb
 import numpy as np
+import psutil
 import pytest
 import soundfile
 
 from audio_assets.features import FEATURE_SETS
 from tests.conftest import PROJECT, Home
 
-KILLS = int(os.environ.get("AUDIO_TEST_KILLS", "3"))
+KILLS = int(os.environ.get("AUDIO_TEST_KILLS", "2"))
 FILES_PER_ROUND = 2
 SEED = 11
 
@@ -117,6 +118,26 @@ def test_killed_at_any_moment_everything_is_there_in_the_end(home: Home, tmp_pat
         left_to_do += "Nothing to compute" not in done.stdout
         assert differences(home, library) == [], f"kill {number} of {victims}"
     print(f"{KILLS} kills {dict(killed)}, {left_to_do} left something to do, differences 0")
+
+
+def test_killed_in_mid_batch_it_leaves_no_process(home: Home, tmp_path: Path) -> None:
+    library = tmp_path / "music"
+    add_files(library, random.Random(4), count=6)
+    run = home.start("analyze", str(library))
+    landed = home.path / "landing" / "features"
+    while not list(landed.glob("*/*.parquet")):
+        assert run.poll() is None
+        time.sleep(0.1)
+    family = psutil.Process(run.pid).children(recursive=True)
+    run.kill()
+    run.communicate()
+    assert family
+    _, alive = psutil.wait_procs(family, timeout=30)
+    assert not alive
+    done = home.cli("analyze", str(library))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Nothing to compute" not in done.stdout
+    assert differences(home, library) == []
 
 
 @pytest.mark.timeout(600)

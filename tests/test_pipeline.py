@@ -2,13 +2,11 @@
 
 import os
 import re
-import time
 from pathlib import Path
 
 import dagster as dg
 import duckdb
 import numpy as np
-import psutil
 import pytest
 import soundfile
 
@@ -114,30 +112,6 @@ def attempts(home: Home) -> int:
         row = connection.execute("SELECT count(*) FROM robustness.attempts").fetchone()
     assert row is not None
     return int(row[0])
-
-
-def test_killed_run_leaves_no_process_and_the_next_one_completes_it(home: Home) -> None:
-    process = home.start("analyze")
-    landed = home.path / "landing" / "features"
-    while not list(landed.glob("*/*.parquet")):
-        assert process.poll() is None
-        time.sleep(0.1)
-    family = psutil.Process(process.pid).children(recursive=True)
-    process.kill()
-    process.communicate()
-    assert family
-    _, alive = psutil.wait_procs(family, timeout=30)
-    assert not alive
-
-    done = home.cli("analyze")
-    assert done.returncode == 0, done.stdout + done.stderr
-    with duckdb.connect(str(home.warehouse), read_only=True) as connection:
-        for name, by_file in statuses(home).items():
-            keys = connection.execute(f"SELECT file_key FROM features.{name}").fetchall()
-            assert len(keys) == len(set(keys))
-            materialized = {key for key, status in by_file.items() if status == "MATERIALIZED"}
-            assert {key for (key,) in keys} == materialized
-            assert len(by_file) - len(materialized) == (2 if FEATURE_SETS[name].reads_pcm else 1)
 
 
 def test_files_come_and_go(home: Home, tmp_path: Path) -> None:

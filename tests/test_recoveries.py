@@ -1,4 +1,8 @@
-"""Recoveries that save a cell whose first attempt fails for real, in runs of Dagster's own."""
+"""Recoveries that save a cell whose first attempt fails for real, in runs of Dagster's own.
+
+``pytest -rP tests/test_recoveries.py`` tells of each fault what it was taken for, what was done
+about it, and how soon there was a good cell again.
+"""
 
 import http.server
 import os
@@ -10,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +59,33 @@ class Result:
             key=lambda attempt: attempt["attempt"],
         )
 
+    def told(self) -> str:
+        """Say what each attempt failed of, what followed, and how soon a cell was good again."""
+        good = sorted(_end(a) for a in self.attempts if a["outcome"] == "succeeded")
+        failed = sorted((a for a in self.attempts if a["outcome"] == "failed"), key=_end)
+        lines = []
+        for attempt in failed:
+            later = next((at for at in good if at > _end(attempt)), None)
+            soon = f"{(later - _end(attempt)).total_seconds():.1f} s later" if later else "none"
+            lines.append(
+                f"{attempt['file_key']}: {attempt['error_type']} ({attempt['severity']}) after "
+                f"{attempt['duration_s']:.1f} s, then {attempt['recovery_strategy'] or 'given up'}"
+                f"; next good cell: {soon}"
+            )
+        lost = {a["file_key"].removeprefix("music/") for a in self.attempts} - self.materialized
+        return "\n".join([*lines, f"cells lost: {', '.join(sorted(lost)) or 'none'}"])
+
     def deferrals(self, name: str) -> list[str]:
         return [
             a["message"]
             for a in self.attempts
             if a["file_key"] == f"music/{name}" and a["outcome"] == "deferred"
         ]
+
+
+def _end(attempt: dict[str, Any]) -> datetime:
+    end: datetime = attempt["started_at"] + timedelta(seconds=attempt["duration_s"])
+    return end
 
 
 class Workbench:
@@ -113,12 +139,14 @@ class Workbench:
             materialized = instance.get_materialized_partitions(asset_key(feature_set.name))
         landing = Landing(str(self.landing), warehouse_tables(FEATURE_SETS.values()))
         rows = landing.latest(feature_table(feature_set).landing_name)
-        return Result(
+        result = Result(
             success=done.success,
             materialized={key.removeprefix("music/") for key in materialized},
             rows={row["file_key"].removeprefix("music/"): row for row in rows},
             attempts=landing.read("robustness/attempts").to_pylist(),
         )
+        print(result.told())
+        return result
 
 
 @pytest.fixture
@@ -167,6 +195,23 @@ def test_reduce_memory_usage(workbench: Workbench, monkeypatch: pytest.MonkeyPat
     assert second["peak_memory_mib"] <= 3500 < first["peak_memory_mib"]
 
 
+def test_three_hours_in_600_mib(workbench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROBUSTNESS_WORKER_MEMORY_MIB", "600")
+    forget_state()
+    hours = 3
+    t = np.arange(8000 * 60) / 8000
+    minute = (0.4 * np.sin(2 * np.pi * 330 * t) * (t % 0.5 < 0.1)).astype(np.float32)
+    with soundfile.SoundFile(workbench.root / "bad.wav", "w", 8000, 1, "PCM_16") as file:
+        for _ in range(60 * hours):
+            file.write(minute)
+    result = workbench.run(FEATURE_SETS["danceability"])
+    assert_all_saved(result, "reduce_memory_usage")
+    first, second = result.of("bad.wav")
+    assert first["error_type"] == "memory"
+    assert second["extractor"] == "essentia/blocks"
+    assert second["peak_memory_mib"] <= 600
+
+
 def test_file_system_check_waits_for_a_mount_that_went_away(workbench: Workbench) -> None:
     away = workbench.root.with_name("away")
 
@@ -188,7 +233,11 @@ def test_file_system_check_waits_for_a_mount_that_went_away(workbench: Workbench
     assert any("away" in message for message in result.deferrals("bad.wav"))
 
 
-def test_mount_that_is_away_from_the_start(workbench: Workbench) -> None:
+def test_mount_that_is_away_from_the_start(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIRCUIT_BREAKER_RECOVERY_TIMEOUT", "4")
+    forget_state()
     away = workbench.root.with_name("away")
     workbench.root.rename(away)
     workbench.root.mkdir()
@@ -336,7 +385,7 @@ def test_full_disk_under_the_landing_costs_no_cell(workbench: Workbench) -> None
         filler = disk / "filler"
 
         def make_room() -> None:
-            time.sleep(6.0)
+            time.sleep(4.0)  # after the first retries, before the breaker has seen enough
             filler.unlink()
 
         with pytest.raises(OSError, match="No space"):

@@ -7,7 +7,7 @@ import dagster as dg
 
 from audio_assets.backlog import release_files
 from audio_assets.cells import CellOutcome, CellStatus
-from audio_assets.events import error_of, failure, materialization, observation
+from audio_assets.events import failure, materialization, observation
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
 from audio_assets.resources import ExtractionResource
@@ -95,7 +95,13 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
             release_files(file_keys, feature_set.name, extraction.extraction.landing)
         progress = _Progress(context.log, len(file_keys))
         deferred: list[CellOutcome] = []
-        for outcome in extraction.extraction.run(feature_set, file_keys, force=force):
+        others = {
+            other.path[-1]
+            for other in context.job_def.asset_layer.selected_asset_keys
+            if other.path[0] == key.path[0] and other != key
+        }
+        cells = extraction.extraction.run(feature_set, file_keys, others=others, force=force)
+        for outcome in cells:
             match outcome.status:
                 case CellStatus.FAILED:
                     context.log_event(observation(key, outcome))
@@ -106,7 +112,7 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
             progress.advance(outcome)
         if deferred:
             raise CellsDeferredError(deferred)
-        if failed := extraction.extraction.failed[feature_set.name]:
+        if failed := extraction.extraction.failed(feature_set):
             raise failure(failed, len(file_keys))
         yield from ()
 
@@ -125,10 +131,14 @@ class CellsDeferredError(Exception):
     """
 
     error_type = "SYSTEM_RESOURCE"
+    severity = "LOW"
 
     def __init__(self, deferred: Sequence[CellOutcome]) -> None:
         self.retry_after = max(outcome.retry_after for outcome in deferred)
-        reason = error_of(deferred[0]).message
+        reason = next(
+            (outcome.error.message for outcome in deferred if outcome.error),
+            "workers are still at them, while other feature sets go on",
+        )
         super().__init__(f"{len(deferred)} files wait {self.retry_after:.0f} s: {reason}")
 
 

@@ -32,7 +32,7 @@ class CellOutcome:
     row : dict or None
         The row, if there is one.
     error : ErrorInfo or None
-        Why it failed or was deferred.
+        Why it failed or was deferred; None where a worker is still at it.
     history : tuple of dict
         The attempts made, as rows of ``robustness.attempts``.
     recoveries : tuple of str
@@ -60,10 +60,11 @@ class CellOutcome:
 
 @dataclass(frozen=True)
 class Wait:
-    """What a cell waits for before its next attempt: `since` is a time of the monotonic clock."""
+    """What a cell waits for before its next attempt; times are of the monotonic clock (s)."""
 
     strategy: RetryStrategy
     since: float
+    until: float
 
 
 @dataclass

@@ -6,7 +6,6 @@ What goes another way is tried at once; what must wait is deferred, and the op c
 A cell's outcome is told only when its row is durable in the landing.
 """
 
-import contextlib
 import queue
 import time
 from collections import defaultdict, deque
@@ -53,6 +52,19 @@ from robustness.worker_pool import Measurement, WorkerFuture, WorkerPool, Worker
 FLUSH_S = 2.0
 """Rows wait at most this long before they are made durable (s)."""
 
+WAIT_SLACK_S = 0.5
+"""A wait that is over but for this much is over (s)."""
+
+LOOK_S = 0.5
+"""How often the pool is looked at for workers that have nothing to do (s)."""
+
+LEFT_S = 2.0
+"""What is left to other feature sets' steps is asked after no sooner (s)."""
+
+LATE_S = 1.0
+LATE_SHARE = 0.25
+"""A first attempt that has taken so long, and this share of its timeout, is late."""
+
 SAVE_ATTEMPTS = 3
 SAVE_S = 10.0
 """Tries to make rows durable, and the time for them (s), before the cells are put off."""
@@ -74,6 +86,7 @@ class _Unsaved:
 class _Flight:
     """An attempt that a worker is at."""
 
+    batch: "_Batch"
     cell: Cell
     permits: dict[str, Permit]
     timeouts: Mapping[str, float]
@@ -82,6 +95,11 @@ class _Flight:
     wait: Wait | None
     submitted: float
     finished: float = 0.0
+
+    def is_late(self, now: float) -> bool:
+        """Tell whether it takes longer than such attempts do, or than is known of them."""
+        share = 0.0 if self.cell.history else LATE_SHARE
+        return now - self.submitted >= max(LATE_S, share * self.timeouts["extract"])
 
 
 class Extraction:
@@ -101,12 +119,6 @@ class Extraction:
         Their number.
     scratch : Scratch
         Decoded audio.
-
-    Attributes
-    ----------
-    failed : dict of str to list of CellOutcome
-        The cells that failed so far, by feature set: a step that is retried must still tell of
-        those of its earlier tries.
     """
 
     def __init__(
@@ -128,18 +140,27 @@ class Extraction:
         self.undecodable: dict[str, ErrorInfo] = {}
         # What the first feature set had to find out about a content helps the later ones.
         self.options: dict[str, AttemptOptions] = {}
-        self.put_off: dict[str, list[Cell]] = defaultdict(list)
-        self.unsaved: dict[str, _Unsaved] = defaultdict(_Unsaved)
-        self.failed: dict[str, list[CellOutcome]] = defaultdict(list)
-        self._settled: dict[str, set[str]] = defaultdict(set)
+        self.batches: dict[str, _Batch] = {}
+        self.landed: queue.SimpleQueue[tuple[_Flight, WorkerFuture[CellResult]]] = (
+            queue.SimpleQueue()
+        )
 
     def run(
-        self, feature_set: FeatureSet, file_keys: Sequence[str], *, force: bool = False
+        self,
+        feature_set: FeatureSet,
+        file_keys: Sequence[str],
+        *,
+        others: Collection[str] = (),
+        force: bool = False,
     ) -> Iterator[CellOutcome]:
         """Bring each file's cell of a feature set to an end, and tell each outcome once.
 
         A second call in the same run (a step retry) takes up only what the first one deferred,
         where it stopped.
+
+        Where the last cells of a batch take long, and other feature sets are still to come, the
+        workers that have nothing to do are left to them: those cells are deferred, while they go
+        on beside the next feature set's.
 
         Parameters
         ----------
@@ -147,6 +168,8 @@ class Extraction:
             What to extract.
         file_keys : sequence of str
             The batch.
+        others : collection of str
+            The run's other feature sets.
         force : bool
             Compute also what is done and unchanged, and what is quarantined.
 
@@ -155,18 +178,42 @@ class Extraction:
         CellOutcome
             In the order of completion.
         """
-        settled = self._settled[feature_set.name]
-        todo = [key for key in file_keys if key not in settled]
-        for outcome in _Batch(self, feature_set, force=force).run(todo):
-            if outcome.status is not CellStatus.DEFERRED:
-                settled.add(outcome.file_key)
-            if outcome.status is CellStatus.FAILED:
-                self.failed[feature_set.name].append(outcome)
-            yield outcome
+        batch = self.batches.get(feature_set.name)
+        if batch is None:
+            batch = self.batches[feature_set.name] = _Batch(self, feature_set, force=force)
+        yield from batch.run(file_keys, others)
+
+    def failed(self, feature_set: FeatureSet) -> list[CellOutcome]:
+        """Return the cells given up so far, those of a step's earlier tries too."""
+        return self.batches[feature_set.name].failed
+
+    def is_over(self, feature_set: str) -> bool:
+        """Tell whether every cell of a feature set is done or given up."""
+        return feature_set in self.batches and self.batches[feature_set].is_over
+
+    def see_to_workers(self) -> None:
+        """Take in what has ended and launch what can be launched, without waiting."""
+        while self.conclude_next(timeout=0.0):
+            pass
+        for batch in self.batches.values():
+            batch.advance()
+
+    def conclude_next(self, *, timeout: float) -> bool:
+        """Take in how the next attempt ended; False if none has within the time (s)."""
+        try:
+            flight, future = self.landed.get(timeout=timeout)
+        except queue.Empty:
+            return False
+        flight.batch.conclude(flight, future)
+        return True
 
 
 class _Batch:
-    """One feature set's pass over files of a run."""
+    """One feature set's cells of a run.
+
+    It outlives the step that began it: what that step left in flight or put off is taken up by
+    the step's next retry; meanwhile the steps of other feature sets see to what is in flight.
+    """
 
     def __init__(self, extraction: Extraction, feature_set: FeatureSet, *, force: bool) -> None:
         self._run = extraction
@@ -178,48 +225,100 @@ class _Batch:
         self._retries = get_retry_manager()
         self._quarantine = Quarantine()
         self._table = feature_table(feature_set).landing_name
+        self.is_over = False
+        self.failed: list[CellOutcome] = []
+        self.in_flight: dict[str, _Flight] = {}
+        self._settled: set[str] = set()
         self._waiting: deque[Cell] = deque()
-        self._in_flight = 0
+        self._put_off_cells: list[Cell] = []
         self._alone = False
-        self._succeeded_any = False
+        self._has_succeeded = False
         self._suspects: list[tuple[str, str, ErrorInfo, int]] = []
-        self._finished: queue.SimpleQueue[tuple[_Flight, WorkerFuture[CellResult]]] = (
-            queue.SimpleQueue()
-        )
-        self._unsaved = extraction.unsaved[feature_set.name]
+        self._unsaved = _Unsaved()
         self._save_error: ErrorInfo | None = None
         self._flushed_at = time.monotonic()
 
-    def run(self, file_keys: Sequence[str]) -> Iterator[CellOutcome]:
-        computed = {outcome.file_key for outcome in self._unsaved.outcomes}
+    def run(self, file_keys: Sequence[str], others: Collection[str]) -> Iterator[CellOutcome]:
+        """Bring what is not settled yet to an end; see `Extraction.run`."""
+        todo = [key for key in file_keys if key not in self._settled]
+        shares = not all(map(self._run.is_over, others))
+        for outcome in self._bring_to_an_end(todo, shares=shares):
+            if outcome.status is not CellStatus.DEFERRED:
+                self._settled.add(outcome.file_key)
+            if outcome.status is CellStatus.FAILED:
+                self.failed.append(outcome)
+            yield outcome
+        self.is_over = self._settled.issuperset(file_keys)
+
+    def _bring_to_an_end(self, file_keys: Sequence[str], *, shares: bool) -> Iterator[CellOutcome]:
+        unsaved = self._unsaved
+        unsaved.outcomes = [o for o in unsaved.outcomes if o.status is not CellStatus.DEFERRED]
+        computed = {outcome.file_key for outcome in unsaved.outcomes}
         yield from self._flush()  # what an earlier call could not save
         resumed = self._resume()
         self._plan([key for key in file_keys if key not in computed | resumed])
-        while self._waiting or self._in_flight:
-            if self._save_error:
-                self._put_off_waiting(self._save_error)
-            refusal = self._launch_waiting()
-            if refusal and not self._in_flight:
-                self._refused(refusal)
-            timeout = max(self._flushed_at + FLUSH_S - time.monotonic(), 0.0)
-            if self._in_flight:
-                with contextlib.suppress(queue.Empty):
-                    self._conclude(*self._finished.get(timeout=timeout))
+        while self._waiting or self.in_flight:
+            self._run.see_to_workers()
+            if shares and self._keeps_workers_waiting():
+                self._leave_in_flight()
+                break
+            if self.in_flight:
+                flush_in = max(self._flushed_at + FLUSH_S - time.monotonic(), 0.0)
+                self._run.conclude_next(timeout=min(flush_in, LOOK_S))
             if time.monotonic() >= self._flushed_at + FLUSH_S:
+                for batch in self._run.batches.values():
+                    if batch is not self:
+                        batch.save()
                 yield from self._flush()
         self._bar_suspects()
         yield from self._flush()
         if self._save_error:
             yield from self._unsaved_outcomes(self._save_error)
 
+    def advance(self) -> None:
+        """Launch what can be launched."""
+        if self._save_error:
+            self._put_off_waiting(self._save_error)
+        refusal = self._launch_waiting()
+        if refusal and not self.in_flight:
+            self._refused(refusal)
+
+    def _keeps_workers_waiting(self) -> bool:
+        """Tell whether workers have nothing to do until attempts end that are late already."""
+        if self._waiting or self._alone or not self._run.pool.spare_workers:
+            return False
+        now = time.monotonic()
+        return all(flight.is_late(now) for flight in self.in_flight.values())
+
+    def _leave_in_flight(self) -> None:
+        """Let other feature sets' steps see to what is in flight, until this step is retried."""
+        now = time.monotonic()
+        for flight in self.in_flight.values():
+            # The longer one has taken, the less it matters to know soon that it is over.
+            wait = max(LEFT_S, (now - flight.submitted) / 2)
+            for key in flight.cell.keys:
+                self._tell(CellOutcome(key, CellStatus.DEFERRED, retry_after=wait))
+
     # What there is to do
 
     def _resume(self) -> set[str]:
-        """Take up what was put off, where its storage is there again; return all of its keys."""
-        cells, self._run.put_off[self._feature_set.name] = (
-            self._run.put_off[self._feature_set.name],
-            [],
-        )
+        """Take up what was put off, where its time has come and its storage is there again.
+
+        Returns
+        -------
+        set of str
+            The files of all that was put off or is in flight.
+        """
+        put_off, self._put_off_cells = self._put_off_cells, []
+        in_flight = [flight.cell for flight in self.in_flight.values()]
+        keys = {key for cell in (*put_off, *in_flight) for key in cell.keys}
+        now, cells = time.monotonic(), []
+        for cell in put_off:
+            left = cell.wait.until - now if cell.wait else 0.0
+            if cell.error and left > WAIT_SLACK_S:
+                self._defer(cell, cell.error, left)
+            else:
+                cells.append(cell)
         timeout = self._timeouts.calculate_timeout(0.0, "metadata")
         looks = {
             cell.file_key: self._run.pool.submit(
@@ -242,7 +341,7 @@ class _Batch:
                 )
             else:
                 self._waiting.append(cell)
-        return {key for cell in cells for key in cell.keys}
+        return keys
 
     def _plan(self, file_keys: Sequence[str]) -> None:
         """Settle what needs no work; queue the rest, files of one content together."""
@@ -295,9 +394,12 @@ class _Batch:
 
     def _launch_waiting(self) -> CircuitBreakerOpenError | None:
         """Keep the workers busy; return the breaker's refusal if it lets nothing through."""
-        while self._waiting and not self._alone and self._in_flight < 2 * self._run.workers:
+        pool, queued = self._run.pool, 2 * self._run.workers
+        while self._waiting and not self._alone:
+            if len(self.in_flight) >= queued and not pool.spare_workers:
+                break
             cell = self._waiting[0]
-            if cell.options.alone and self._in_flight:
+            if cell.options.alone and self.in_flight:
                 break
             try:
                 self._launch(cell)
@@ -335,6 +437,7 @@ class _Batch:
         if not cell.history:
             self._retries.deposit(feature_set.name)
         flight = _Flight(
+            self,
             cell,
             permits,
             timeouts,
@@ -344,7 +447,7 @@ class _Batch:
             submitted=time.monotonic(),
         )
         cell.wait = None
-        self._in_flight += 1
+        self.in_flight[cell.file_key] = flight
         if cell.options.alone:
             self._alone = True
             run.pool.resize(1)
@@ -359,11 +462,12 @@ class _Batch:
         future = run.pool.submit(
             run_attempt, task, timeout=timeouts, fresh_worker=cell.options.fresh_worker
         )
-        future.add_done_callback(lambda _: self._landed(flight, future))
 
-    def _landed(self, flight: _Flight, future: WorkerFuture[CellResult]) -> None:
-        flight.finished = time.monotonic()
-        self._finished.put((flight, future))
+        def landed(_: object) -> None:
+            flight.finished = time.monotonic()
+            run.landed.put((flight, future))
+
+        future.add_done_callback(landed)
 
     def _breaker(self, stage: str) -> CircuitBreaker:
         return get_circuit_breaker(
@@ -377,11 +481,13 @@ class _Batch:
         name = self._feature_set.name
         return name if cell.options.extractor == "primary" else f"{name}/alternative"
 
-    def _conclude(self, flight: _Flight, future: WorkerFuture[CellResult]) -> None:
-        self._in_flight -= 1
-        if self._alone:
+    def conclude(self, flight: _Flight, future: WorkerFuture[CellResult]) -> None:
+        """Take in how an attempt ended."""
+        del self.in_flight[flight.cell.file_key]
+        if flight.cell.options.alone:
             self._alone = False
-            self._run.pool.resize(self._run.workers)
+            if not any(batch._alone for batch in self._run.batches.values()):
+                self._run.pool.resize(self._run.workers)
         cell = flight.cell
         with log_context(
             run_id=self._run.run_id,
@@ -415,7 +521,7 @@ class _Batch:
             self._classifier.mark_recovered(cell.error)
         self._record(flight, future, "succeeded", extractor=result.extractor)
         self._record_retries(flight, success=True)
-        self._succeeded_any = self._succeeded_any or cell.attempts == 1
+        self._has_succeeded |= cell.attempts == 1
         self._remember_options(cell)
         row = {
             **result.row,
@@ -530,11 +636,16 @@ class _Batch:
             self._give_up(cell, cell.error or error, "wait")
             return
         cell.error = cell.error or error
-        cell.wait = Wait(strategy, since=now)
+        cell.wait = Wait(strategy, since=now, until=now + delay)
         cell.waited_by = strategy
-        self._run.put_off[self._feature_set.name].append(cell)
         for key in cell.keys:
             self._note(key, "deferred", error)
+        self._defer(cell, error, delay)
+
+    def _defer(self, cell: Cell, error: ErrorInfo, delay: float) -> None:
+        """Leave a cell to the step's next retry."""
+        self._put_off_cells.append(cell)
+        for key in cell.keys:
             self._tell(
                 replace(cell.failed(key, error), status=CellStatus.DEFERRED, retry_after=delay)
             )
@@ -565,7 +676,7 @@ class _Batch:
     def _bar_suspects(self) -> None:
         """Quarantine the cells that failed by their file's own fault."""
         for content_hash, key, error, attempts in self._suspects:
-            if is_files_own_fault(error, others_succeed=self._succeeded_any):
+            if is_files_own_fault(error, others_succeed=self._has_succeeded):
                 self._quarantine.add(
                     content_hash,
                     self._feature_set.name,
@@ -609,17 +720,21 @@ class _Batch:
 
         If they cannot be made durable now, they are kept for the step's next retry.
         """
-        unsaved = self._unsaved
-        self._save_error = self._save() if any(unsaved.rows.values()) else None
-        self._flushed_at = time.monotonic()
-        if self._save_error:
-            unsaved.since = unsaved.since or self._flushed_at
-            return
-        unsaved.since = None
-        outcomes, unsaved.outcomes = unsaved.outcomes, []
-        yield from outcomes
+        self.save()
+        if not self._save_error:
+            outcomes, self._unsaved.outcomes = self._unsaved.outcomes, []
+            for outcome in outcomes:
+                yield outcome
+                self._run.see_to_workers()  # to tell Dagster of a cell takes its time
 
-    def _save(self) -> ErrorInfo | None:
+    def save(self) -> None:
+        """Make rows durable, if they can be now."""
+        unsaved = self._unsaved
+        self._save_error = self._append() if any(unsaved.rows.values()) else None
+        self._flushed_at = time.monotonic()
+        unsaved.since = (unsaved.since or self._flushed_at) if self._save_error else None
+
+    def _append(self) -> ErrorInfo | None:
         """Append all rows to the landing; return what it failed of, if another time will do.
 
         Raises

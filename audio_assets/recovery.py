@@ -127,7 +127,8 @@ def apply_recovery(
         case RecoveryStrategy.AUDIO_FALLBACK if stage == "decode":
             return replace(options, decoder="soundfile")
         case RecoveryStrategy.AUDIO_FALLBACK:
-            return replace(options, extractor="alternative")
+            # It has deadlines of its own, which nothing has shown to be too short.
+            return replace(options, extractor="alternative", timeout_factor=1.0)
         case RecoveryStrategy.FORMAT_CONVERSION:
             return replace(options, decoder="salvage")
         case RecoveryStrategy.FILE_SYSTEM_CHECK:

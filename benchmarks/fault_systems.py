@@ -7,6 +7,7 @@ would have to import again.
 """
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -24,6 +25,7 @@ def main() -> None:
         return
     if system == "fixed":
         _use_fixed_breakers()
+        _keep_workers_waiting()
     from audio_assets import cli
 
     cli._show_results = lambda *_: 0  # it shows columns of all feature sets
@@ -51,6 +53,15 @@ def _use_fixed_breakers() -> None:
         return breakers[name if name in breakers else "feature_extraction"]
 
     extraction.get_circuit_breaker = get
+
+
+def _keep_workers_waiting() -> None:
+    """Have a fixed number of workers, and one feature set after the other."""
+    from audio_assets import extraction
+    from robustness import worker_pool
+
+    worker_pool._IDLE_SECONDS = math.inf
+    extraction.LATE_S = math.inf
 
 
 # Plain Dagster: an asset per feature set that loops over the files, stock retries, stock executor.

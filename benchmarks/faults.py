@@ -80,7 +80,7 @@ class Scale:
     plain_limit_s: float
 
 
-FULL = Scale(files=45, seconds=30.0, slow_s=3.0, burst_s=20.0, plain_limit_s=240.0)
+FULL = Scale(files=90, seconds=30.0, slow_s=3.0, burst_s=20.0, plain_limit_s=240.0)
 QUICK = Scale(files=6, seconds=1.5, slow_s=0.2, burst_s=0.0, plain_limit_s=30.0)
 
 
@@ -327,42 +327,25 @@ def _results(
 # Figures
 
 
-def lanes(trace: Sequence[Event]) -> dict[int, int]:
-    """Return the lane of each worker process: one that follows a dead one takes its place."""
-    first: dict[int, float] = {}
-    last: dict[int, float] = {}
-    for event in trace:
-        first.setdefault(event["pid"], event["at"])
-        last[event["pid"]] = event["at"]
-    lane_of: dict[int, int] = {}
-    ends: list[float] = []
-    for pid in sorted(first, key=first.__getitem__):
-        free = [lane for lane, end in enumerate(ends) if end < first[pid]]
-        if free:
-            lane = min(free, key=ends.__getitem__)
-        else:
-            lane = len(ends)
-            ends.append(0.0)
-        ends[lane] = last[pid]
-        lane_of[pid] = lane
-    return lane_of
-
-
 def recovery_times(trace: Sequence[Event], end: float) -> list[float]:
-    """Return the time (s) from each fault to the next good cell on the same lane.
+    """Return the time (s) from each fault until its worker, or one started since, had a good cell.
 
-    Where none came, the time to the run's end.
+    Where none did, the time to the run's end.
     """
-    lane_of = lanes(trace)
+    started: dict[int, float] = {}
+    for event in trace:
+        started.setdefault(event["pid"], event["at"])
     times = []
-    done: dict[int, list[float]] = defaultdict(list)
-    for event in trace:
-        if event["event"] == "done":
-            done[lane_of[event["pid"]]].append(event["at"])
-    for event in trace:
-        if event["event"] == "fault":
-            later = [at for at in done[lane_of[event["pid"]]] if at > event["at"]]
-            times.append(min(later, default=max(end, event["at"])) - event["at"])
+    for fault in trace:
+        if fault["event"] == "fault":
+            good = (
+                event["at"]
+                for event in trace
+                if event["event"] == "done"
+                and event["at"] > fault["at"]
+                and (event["pid"] == fault["pid"] or started[event["pid"]] > fault["at"])
+            )
+            times.append(min(good, default=max(end, fault["at"])) - fault["at"])
     return times
 
 

@@ -174,7 +174,8 @@ class AdaptiveTimeoutManager:
         Bounds, quantile and margin; the process's settings by default.
     base_timeouts : mapping of str to float
         Timeouts in seconds before anything is learned; kinds of work it does not name get
-        TIMEOUT_BASE_DELAY.
+        TIMEOUT_BASE_DELAY. A variant of a kind, as ``rhythm/alternative``, has a history of its
+        own and starts with the kind's timeout.
     """
 
     def __init__(
@@ -330,7 +331,8 @@ class AdaptiveTimeoutManager:
     ) -> TimeoutDecision:
         settings = self._settings
         history = self._history(feature_type)
-        base = self._base_timeouts.get(feature_type, settings.timeout_base_delay)
+        kind = feature_type.partition("/")[0]
+        base = self._base_timeouts.get(kind, settings.timeout_base_delay)
         base *= _growth(file_size_mb, strategy)
         multiplier = self._machine_stress()
         if history.recent_success_rate < 0.5:

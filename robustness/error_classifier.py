@@ -202,9 +202,9 @@ class ErrorClassifier:
     """Classifies errors by facts and by rules, records them, and recommends recoveries.
 
     An exception that declares an attribute `error_type` (an `ErrorType` or its name) is believed;
-    it may declare `retryable` and `systemic` too. Otherwise the rules are tried on the exception,
-    then on those it was raised from. Where the context names the file, what the file looks like
-    is weighed against what the exception says.
+    it may declare `severity`, `retryable` and `systemic` too. Otherwise the rules are tried on the
+    exception, then on those it was raised from. Where the context names the file, what the file
+    looks like is weighed against what the exception says.
 
     Parameters
     ----------
@@ -506,11 +506,13 @@ def _declared_verdict(link: BaseException) -> _Verdict | None:
         return None
     try:
         error_type = ErrorType(declared)
+        consequences = CONSEQUENCES[error_type]
+        severity = ErrorSeverity(getattr(link, "severity", consequences.severity))
     except ValueError:
         return None
-    consequences = CONSEQUENCES[error_type]
     consequences = replace(
         consequences,
+        severity=severity,
         retryable=getattr(link, "retryable", consequences.retryable),
         systemic=getattr(link, "systemic", consequences.systemic),
     )

@@ -15,8 +15,8 @@ server has already imported what the tasks need.
 with all tasks in it. pebble's ``ProcessPool`` kills late workers, but it has one deadline per
 task, no memory budget and a fixed number of workers. Here a task passes through *stages*
 (decoding, extracting) with a deadline each, since experience tells how long each takes, not
-their sum; each worker has a memory budget; and the pool gives up workers while the machine is
-short of memory.
+their sum; each worker has a memory budget; the pool gives up workers while the machine is short
+of memory; and what hangs or waits for a disk, using no core, does not keep another task from it.
 
 Nothing stays behind when the parent goes. Each worker holds the reading end of a pipe whose
 writing end only the parent has, and has asked the kernel to be killed when that end closes. No
@@ -50,6 +50,8 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar, TypeVarTuple
+
+import psutil
 
 from robustness.memory import available_memory_mib, memory_limit_mib, process_memory_mib
 from robustness.worker_process import (
@@ -94,6 +96,12 @@ _START_SECONDS = 120.0
 
 _STALL_SECONDS = 10
 """A worker that stops for so long in the middle of a message is hung."""
+
+_IDLE_SECONDS = 1.0
+"""A task that has used next to no CPU time for so long leaves its core to another."""
+
+_IDLE_SHARE = 0.1
+"""What next to no CPU time is, as a share of the time that went by."""
 
 _EXIT_SECONDS = 1.0
 """An idle worker that has not exited by then is killed."""
@@ -242,7 +250,9 @@ class WorkerPool:
     Parameters
     ----------
     size : int
-        Number of workers, 1 or more.
+        Number of workers that compute, 1 or more. For each whose task waits, having used next to
+        no CPU time for a second, there is one more until the task ends or goes on, up to twice
+        the number.
     memory_limit_mib : float, optional
         Memory budget of each worker in MiB (see `robustness.memory.process_memory_mib` for what
         counts); None for no budget.
@@ -286,6 +296,8 @@ class WorkerPool:
         self._workers: set[_Worker] = set()
         self._size = 0
         self._shed = 0
+        self._idle_tasks = 0
+        self._running_tasks = 0
         self._working_lanes = 0
         self._closing = False
         self._killed = False
@@ -353,11 +365,25 @@ class WorkerPool:
         with self._changed:
             self._size = size
             self._shed = min(self._shed, size - 1)
-            while len(self._lanes) < size and not self._closing:
-                lane = threading.Thread(target=self._run_lane, name="worker-lane", daemon=True)
-                self._lanes.append(lane)
-                lane.start()
-            self._changed.notify_all()
+            self._add_lanes()
+
+    def _add_lanes(self) -> None:
+        """Have a lane for each worker that may be wanted; to be called under the condition."""
+        while len(self._lanes) < self._size + self._lent and not self._closing:
+            lane = threading.Thread(target=self._run_lane, name="worker-lane", daemon=True)
+            self._lanes.append(lane)
+            lane.start()
+        self._changed.notify_all()
+
+    @property
+    def _lent(self) -> int:
+        return min(self._idle_tasks, self._size)
+
+    @property
+    def spare_workers(self) -> int:
+        """Workers that have nothing to do, and for which nothing is queued."""
+        with self._changed:
+            return max(self._wanted() - self._running_tasks - len(self._tasks), 0)
 
     @property
     def worker_pids(self) -> list[int]:
@@ -450,6 +476,7 @@ class WorkerPool:
                 while self._tasks:
                     task = self._tasks.popleft()
                     if task.future.set_running_or_notify_cancel():
+                        self._running_tasks += 1
                         return task
                 if self._closing:
                     break
@@ -471,7 +498,7 @@ class WorkerPool:
             )
             self._shed = shed
             self._changed.notify_all()
-        return self._size - self._shed
+        return self._size - self._shed + self._lent
 
     def _new_worker(self) -> "_Worker":
         """Start a worker.
@@ -529,6 +556,7 @@ class WorkerPool:
             usable = False
         task.future.measurement = progress.measurement(worker)
         if failure is None:
+            self._note_end()
             task.future.set_result(result)
         else:
             self._fail(task, failure)
@@ -577,23 +605,42 @@ class WorkerPool:
             If it died.
         """
         next_look = time.monotonic() + _POLL_SECONDS
-        while True:
-            if worker.wait(min(_POLL_SECONDS, progress.seconds_left())):
-                message = worker.receive()
-                if message.kind is not Kind.STAGE:
-                    progress.see_memory(worker)
-                    return message
-                progress.enter(message.payload)
-            if progress.seconds_left() <= 0:
-                raise WorkerTimeoutError(progress.seconds_allowed, progress.stage)
-            if time.monotonic() >= next_look:
+        lends_core = False
+        try:
+            while True:
+                if worker.wait(min(_POLL_SECONDS, progress.seconds_left())):
+                    message = worker.receive()
+                    if message.kind is not Kind.STAGE:
+                        progress.see_memory(worker)
+                        return message
+                    progress.enter(message.payload)
+                if progress.seconds_left() <= 0:
+                    raise WorkerTimeoutError(progress.seconds_allowed, progress.stage)
+                if time.monotonic() < next_look:
+                    continue
                 next_look = time.monotonic() + _POLL_SECONDS
                 progress.see_memory(worker)
                 limit = self._memory_limit_mib
                 if limit is not None and progress.memory_mib > limit:
                     raise WorkerMemoryError(progress.memory_mib, limit, progress.stage)
+                if progress.is_idle(worker) is not lends_core:
+                    lends_core = not lends_core
+                    self._note_idle(1 if lends_core else -1)
+        finally:
+            if lends_core:
+                self._note_idle(-1)
+
+    def _note_idle(self, change: int) -> None:
+        with self._changed:
+            self._idle_tasks += change
+            self._add_lanes()
+
+    def _note_end(self) -> None:
+        with self._changed:
+            self._running_tasks -= 1
 
     def _fail(self, task: "_Task", error: BaseException) -> None:
+        self._note_end()
         if self._killed:
             error = CancelledError("the worker pool was killed")
         elif isinstance(error, WorkerError):
@@ -619,6 +666,8 @@ class _Progress:
         self._stage_seconds: dict[str, float] = {}
         self.memory_mib = 0.0
         self._peak_mib = 0.0
+        self._cpu_seconds = 0.0
+        self._busy_at = self._cpu_seen_at = self._started
 
     def enter(self, stage: str) -> None:
         self._leave_stage()
@@ -646,6 +695,19 @@ class _Progress:
     def see_memory(self, worker: "_Worker") -> None:
         self.memory_mib = process_memory_mib(worker.pid) or 0.0
         self._peak_mib = max(self._peak_mib, self.memory_mib)
+
+    def is_idle(self, worker: "_Worker") -> bool:
+        """Tell whether the task has used next to no CPU time for a while."""
+        now = time.monotonic()
+        try:
+            times = psutil.Process(worker.pid).cpu_times()
+        except psutil.Error:
+            return False
+        used = times.user + times.system
+        if used - self._cpu_seconds > _IDLE_SHARE * (now - self._cpu_seen_at):
+            self._busy_at = now
+        self._cpu_seconds, self._cpu_seen_at = used, now
+        return now - self._busy_at >= _IDLE_SECONDS
 
     def measurement(self, worker: "_Worker") -> Measurement:
         """Return what the task took, now that it has ended."""

@@ -71,7 +71,7 @@ class RemoteError(Exception):
 
 # Attributes that need not be in an exception's own dictionary: of classes, or kept in C.
 _TELLING_ATTRIBUTES = (
-    *("error_type", "retryable", "systemic", "retry_after"),
+    *("error_type", "severity", "retryable", "systemic", "retry_after"),
     *("errno", "filename", "code", "sqlstate", "sqlite_errorname"),
     *("exitcode", "returncode", "exit_code"),
 )

@@ -1,6 +1,7 @@
 """What faults cost: each is real, and each costs its own cell alone."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -40,9 +41,9 @@ def library(tmp_path: Path) -> Path:
 
 @contextmanager
 def extraction(
-    root: Path, tmp_path: Path, feature_set: FeatureSet, *, memory_limit_mib: float | None = None
+    root: Path, tmp_path: Path, *feature_sets: FeatureSet, memory_limit_mib: float | None = None
 ) -> Iterator[Extraction]:
-    landing = Landing(str(tmp_path / "landing"), warehouse_tables([feature_set]))
+    landing = Landing(str(tmp_path / "landing"), warehouse_tables(feature_sets))
     with (
         Scratch(tmp_path / "scratch", "run", 1024) as scratch,
         WorkerPool(
@@ -134,18 +135,6 @@ def test_endless_allocation_is_stopped_at_the_budget(library: Path, tmp_path: Pa
     assert attempts(tmp_path, feature_set)[0]["error_type"] == ErrorType.MEMORY.value
 
 
-def test_long_file_is_analysed_in_blocks_within_the_budget(tmp_path: Path) -> None:
-    root = tmp_path / "music"
-    root.mkdir()
-    write_tone(root / "long.wav", 440.0, seconds=300.0)
-    feature_set = faults.feature_set("whole", faults.hoard_unless_block)
-    outcome = run(root, tmp_path, feature_set, memory_limit_mib=3500)["long.wav"]
-    assert outcome.recoveries == ("reduce_memory_usage",)
-    assert outcome.row is not None
-    assert outcome.row["extractor"] == "primary/blocks"
-    assert outcome.row["value"] == pytest.approx(300.0)
-
-
 def test_nothing_saves_a_file_that_no_extractor_survives(library: Path, tmp_path: Path) -> None:
     feature_set = faults.feature_set("deadly", faults.segfault, faults.segfault)
     outcomes = run(library, tmp_path, feature_set)
@@ -214,7 +203,11 @@ def test_unchanged_cells_are_reused_and_force_computes_them(library: Path, tmp_p
     assert [o.status for o in forced] == [CellStatus.MATERIALIZED]
 
 
-def test_open_breaker_defers_cells_until_it_closes(library: Path, tmp_path: Path) -> None:
+def test_open_breaker_defers_cells_until_it_closes(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CIRCUIT_BREAKER_RECOVERY_TIMEOUT", "2")
+    forget_state()
     feature_set = faults.feature_set("guarded", faults.sound)
     breaker = get_circuit_breaker("feature:guarded")
     breaker.force_open()
@@ -222,6 +215,27 @@ def test_open_breaker_defers_cells_until_it_closes(library: Path, tmp_path: Path
     with extraction(library, tmp_path, feature_set) as shared:
         deferred = list(shared.run(feature_set, keys))
         assert {o.status for o in deferred} == {CellStatus.DEFERRED}
+        early = list(shared.run(feature_set, keys))
+        assert {o.status for o in early} == {CellStatus.DEFERRED}
         breaker.reset()
+        time.sleep(max(outcome.retry_after for outcome in early))
         done = list(shared.run(feature_set, keys))
     assert {o.status for o in done} == {CellStatus.MATERIALIZED}
+
+
+def test_late_cells_leave_their_workers_to_other_feature_sets(
+    library: Path, tmp_path: Path
+) -> None:
+    hanging = faults.feature_set("hanging", faults.hang)
+    plain = faults.feature_set("plain", faults.sound)
+    learn_short_timeout("hanging")
+    keys = [f"music/{name}" for name in (*GOOD, "bad.wav")]
+    with extraction(library, tmp_path, hanging, plain) as shared:
+        left = {o.file_key: o for o in shared.run(hanging, keys, others=["plain"])}
+        others = [o.status for o in shared.run(plain, keys, others=["hanging"])]
+        (rest,) = shared.run(hanging, keys, others=["plain"])
+    bad = left.pop("music/bad.wav")
+    assert (bad.status, bad.error) == (CellStatus.DEFERRED, None)
+    assert {*(o.status for o in left.values()), *others} == {CellStatus.MATERIALIZED}
+    assert (rest.file_key, rest.status) == ("music/bad.wav", CellStatus.MATERIALIZED)
+    assert rest.recoveries == ("increase_timeout", "audio_fallback")

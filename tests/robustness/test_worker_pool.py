@@ -84,6 +84,24 @@ def test_a_hung_worker_is_killed_and_costs_its_own_task_alone(
     assert_unharmed(pool)
 
 
+@pytest.mark.parametrize("fault", [tasks.hang, tasks.hang_in_c, tasks.stop_itself])
+def test_what_hangs_keeps_nobody_from_its_core(fault: Callable[[], None]) -> None:
+    with WorkerPool(2) as pool:
+        hung = [pool.submit(fault, timeout=AMPLE) for _ in range(2)]
+        for _ in range(3):
+            pool.submit(tasks.pid, timeout=AMPLE).result()
+        assert not any(future.done() for future in hung)
+        assert len(pool.worker_pids) <= 4
+        pool.kill()
+    assert all(isinstance(future.exception(), CancelledError) for future in hung)
+
+
+def test_what_computes_keeps_its_core_to_itself(pool: WorkerPool) -> None:
+    busy = [pool.submit(tasks.compute, 3.0, timeout=AMPLE) for _ in range(2)]
+    queued = pool.submit(tasks.pid, timeout=AMPLE)
+    assert queued.result() in {future.result() for future in busy}
+
+
 @pytest.mark.parametrize(
     ("fault", "arguments", "exitcode", "signal_name"),
     [

@@ -33,6 +33,13 @@ def sleep(seconds: float) -> int:
     return os.getpid()
 
 
+def compute(seconds: float) -> int:
+    until = time.process_time() + seconds
+    while time.process_time() < until:
+        pass
+    return os.getpid()
+
+
 def hang() -> None:
     while True:
         time.sleep(3600)

@@ -192,7 +192,7 @@ def orchestration(scratch: Path, sizes: Sequence[int]) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a few seconds of audio, 3 tiny files")
-    parser.add_argument("--minutes", type=float, default=80.0, help="minutes of audio")
+    parser.add_argument("--minutes", type=float, default=40.0, help="minutes of audio")
     parser.add_argument(
         "--tiny-files", type=int, nargs="*", default=[100, 1000], help="sizes of tiny libraries"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from audio_assets.assets import FORCE_TAG
+from audio_assets.assets import FORCE_TAG, RETRY_QUARANTINED_TAG
 from audio_assets.recovery import next_recovery
 from audio_assets.resources import ExtractionResource
 from audio_assets.settings import AudioAssetsSettings
@@ -95,6 +95,10 @@ def run_tags() -> str:
         (
             f"`{FORCE_TAG}`",
             "`true`: compute also cells that are done and unchanged, or quarantined",
+        ),
+        (
+            f"`{RETRY_QUARANTINED_TAG}`",
+            "`true`: let the run's cells out of quarantine first, as the job `retry_failed` does",
         ),
         (
             "`dagster/asset_partition_range_start`, `…_end`",

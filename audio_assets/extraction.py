@@ -10,13 +10,14 @@ import queue
 import time
 from collections import defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 
 from audio_assets.cells import Cell, CellOutcome, CellStatus, Wait
 from audio_assets.features.base import FeatureSet, Row
 from audio_assets.identification import Identification, file_context
 from audio_assets.library import Library
+from audio_assets.outbox import Outbox
 from audio_assets.recovery import (
     WAITS,
     AttemptOptions,
@@ -49,9 +50,6 @@ from robustness.smart_retry import RetryStrategy, get_retry_manager, unchanged
 from robustness.state import get_state_store
 from robustness.worker_pool import Measurement, WorkerFuture, WorkerPool, WorkerTimeoutError
 
-FLUSH_S = 2.0
-"""Rows wait at most this long before they are made durable (s)."""
-
 WAIT_SLACK_S = 0.5
 """A wait that is over but for this much is over (s)."""
 
@@ -65,21 +63,8 @@ LATE_S = 1.0
 LATE_SHARE = 0.25
 """A first attempt that has taken so long, and this share of its timeout, is late."""
 
-SAVE_ATTEMPTS = 3
-SAVE_S = 10.0
-"""Tries to make rows durable, and the time for them (s), before the cells are put off."""
-
 MAX_REFUSALS = 3
 """How often an open breaker may put a cell off before it is given up."""
-
-
-@dataclass
-class _Unsaved:
-    """Rows that are not durable yet, by landing table, and the outcomes that rest on them."""
-
-    rows: dict[str, list[Row]] = field(default_factory=lambda: defaultdict(list))
-    outcomes: list[CellOutcome] = field(default_factory=list)
-    since: float | None = None
 
 
 @dataclass
@@ -234,9 +219,7 @@ class _Batch:
         self._alone = False
         self._has_succeeded = False
         self._suspects: list[tuple[str, str, ErrorInfo, int]] = []
-        self._unsaved = _Unsaved()
-        self._save_error: ErrorInfo | None = None
-        self._flushed_at = time.monotonic()
+        self.outbox = Outbox(extraction.landing)
 
     def run(self, file_keys: Sequence[str], others: Collection[str]) -> Iterator[CellOutcome]:
         """Bring what is not settled yet to an end; see `Extraction.run`."""
@@ -251,9 +234,7 @@ class _Batch:
         self.is_over = self._settled.issuperset(file_keys)
 
     def _bring_to_an_end(self, file_keys: Sequence[str], *, shares: bool) -> Iterator[CellOutcome]:
-        unsaved = self._unsaved
-        unsaved.outcomes = [o for o in unsaved.outcomes if o.status is not CellStatus.DEFERRED]
-        computed = {outcome.file_key for outcome in unsaved.outcomes}
+        computed = self.outbox.resume()
         yield from self._flush()  # what an earlier call could not save
         resumed = self._resume()
         self._plan([key for key in file_keys if key not in computed | resumed])
@@ -263,22 +244,22 @@ class _Batch:
                 self._leave_in_flight()
                 break
             if self.in_flight:
-                flush_in = max(self._flushed_at + FLUSH_S - time.monotonic(), 0.0)
-                self._run.conclude_next(timeout=min(flush_in, LOOK_S))
-            if time.monotonic() >= self._flushed_at + FLUSH_S:
+                self._run.conclude_next(timeout=min(self.outbox.due_in, LOOK_S))
+            if not self.outbox.due_in:
                 for batch in self._run.batches.values():
                     if batch is not self:
-                        batch.save()
+                        batch.outbox.save()
                 yield from self._flush()
         self._bar_suspects()
         yield from self._flush()
-        if self._save_error:
-            yield from self._unsaved_outcomes(self._save_error)
+        if error := self.outbox.error:
+            delay = self._delay(RetryStrategy.ADAPTIVE, 1, error)
+            yield from self.outbox.give_account(error, delay, self._settings.retry_total_seconds)
 
     def advance(self) -> None:
         """Launch what can be launched."""
-        if self._save_error:
-            self._put_off_waiting(self._save_error)
+        if self.outbox.error:
+            self._put_off_waiting(self.outbox.error)
         refusal = self._launch_waiting()
         if refusal and not self.in_flight:
             self._refused(refusal)
@@ -297,7 +278,7 @@ class _Batch:
             # The longer one has taken, the less it matters to know soon that it is over.
             wait = max(LEFT_S, (now - flight.submitted) / 2)
             for key in flight.cell.keys:
-                self._tell(CellOutcome(key, CellStatus.DEFERRED, retry_after=wait))
+                self.outbox.tell(CellOutcome(key, CellStatus.DEFERRED, retry_after=wait))
 
     # What there is to do
 
@@ -346,7 +327,7 @@ class _Batch:
     def _plan(self, file_keys: Sequence[str]) -> None:
         """Settle what needs no work; queue the rest, files of one content together."""
         run, reads_pcm = self._run, self._feature_set.reads_pcm
-        self._unsaved.rows[FILES.landing_name] += run.files.look_at(file_keys)
+        self.outbox.add(FILES.landing_name, *run.files.look_at(file_keys))
         known = run.files.identities
         hashes = {known[key].content_hash for key in file_keys if key in known}
         done = {} if self._force else self._done(hashes)
@@ -360,7 +341,7 @@ class _Batch:
             rows = done.get(content_hash, {})
             if key in rows:
                 self._note(key, "reused")
-                self._tell(CellOutcome(key, CellStatus.REUSED, row=rows[key]))
+                self.outbox.tell(CellOutcome(key, CellStatus.REUSED, row=rows[key]))
             elif rows and reads_pcm:
                 self._settle_copy(key, next(iter(rows.values())))
             elif content_hash in barred:
@@ -532,8 +513,8 @@ class _Batch:
             "run_id": self._run.run_id,
             "code_version": self._feature_set.code_version,
         }
-        self._unsaved.rows[self._table].append(row)
-        self._tell(
+        self.outbox.add(self._table, row)
+        self.outbox.tell(
             CellOutcome(
                 cell.file_key,
                 CellStatus.MATERIALIZED,
@@ -646,7 +627,7 @@ class _Batch:
         """Leave a cell to the step's next retry."""
         self._put_off_cells.append(cell)
         for key in cell.keys:
-            self._tell(
+            self.outbox.tell(
                 replace(cell.failed(key, error), status=CellStatus.DEFERRED, retry_after=delay)
             )
 
@@ -671,21 +652,25 @@ class _Batch:
         if stage != "wait":
             self._suspects.append((content_hash, cell.file_key, error, cell.attempts))
         for key in cell.keys:
-            self._tell(cell.failed(key, error))
+            self.outbox.tell(cell.failed(key, error))
 
     def _bar_suspects(self) -> None:
         """Quarantine the cells that failed by their file's own fault."""
-        for content_hash, key, error, attempts in self._suspects:
-            if is_files_own_fault(error, others_succeed=self._has_succeeded):
-                self._quarantine.add(
-                    content_hash,
-                    self._feature_set.name,
-                    file_key=key,
-                    error_type=error.error_type.value,
-                    reason=error.reason,
-                    attempts=attempts,
-                    code_version=self._feature_set.code_version,
-                )
+        suspects, self._suspects = self._suspects, []
+        for suspect in suspects:
+            content_hash, key, error, attempts = suspect
+            if not is_files_own_fault(error, others_succeed=self._has_succeeded):
+                self._suspects.append(suspect)  # others may still succeed
+                continue
+            self._quarantine.add(
+                content_hash,
+                self._feature_set.name,
+                file_key=key,
+                error_type=error.error_type.value,
+                reason=error.reason,
+                attempts=attempts,
+                code_version=self._feature_set.code_version,
+            )
 
     def _settle_unidentified(self, key: str) -> None:
         """Defer or fail a file whose content could not be read."""
@@ -695,98 +680,27 @@ class _Batch:
         waited = time.monotonic() - unidentified.since
         if error.retryable and waited + delay <= self._settings.retry_total_seconds:
             self._note(key, "deferred", error)
-            self._tell(CellOutcome(key, CellStatus.DEFERRED, error=error, retry_after=delay))
+            self.outbox.tell(CellOutcome(key, CellStatus.DEFERRED, error=error, retry_after=delay))
         else:
             self._settle_skipped(key, error)
 
     def _settle_skipped(self, key: str, error: ErrorInfo) -> None:
         """Fail a cell that no attempt was made at."""
         self._note(key, "skipped", error)
-        self._tell(CellOutcome(key, CellStatus.FAILED, error=error))
+        self.outbox.tell(CellOutcome(key, CellStatus.FAILED, error=error))
 
     def _settle_copy(self, key: str, row: Row) -> None:
         """Give a file the row of another file with the same content."""
         self._note(key, "reused")
         copy = {**row, "file_key": key, "run_id": self._run.run_id}
-        self._unsaved.rows[self._table].append(copy)
-        self._tell(CellOutcome(key, CellStatus.REUSED, row=copy))
-
-    def _tell(self, outcome: CellOutcome) -> None:
-        """Keep an outcome until all rows before it are durable."""
-        self._unsaved.outcomes.append(outcome)
+        self.outbox.add(self._table, copy)
+        self.outbox.tell(CellOutcome(key, CellStatus.REUSED, row=copy))
 
     def _flush(self) -> Iterator[CellOutcome]:
-        """Make rows durable, then tell the outcomes that rest on them.
-
-        If they cannot be made durable now, they are kept for the step's next retry.
-        """
-        self.save()
-        if not self._save_error:
-            outcomes, self._unsaved.outcomes = self._unsaved.outcomes, []
-            for outcome in outcomes:
-                yield outcome
-                self._run.see_to_workers()  # to tell Dagster of a cell takes its time
-
-    def save(self) -> None:
-        """Make rows durable, if they can be now."""
-        unsaved = self._unsaved
-        self._save_error = self._append() if any(unsaved.rows.values()) else None
-        self._flushed_at = time.monotonic()
-        unsaved.since = (unsaved.since or self._flushed_at) if self._save_error else None
-
-    def _append(self) -> ErrorInfo | None:
-        """Append all rows to the landing; return what it failed of, if another time will do.
-
-        Raises
-        ------
-        Exception
-            What the landing failed of, if it would do so again.
-        """
-        landing, rows_by_table = self._run.landing, self._unsaved.rows
-        breaker = get_circuit_breaker(
-            "database_operations" if landing.is_local else "network_operations"
-        )
-
-        def append() -> None:
-            for table, rows in rows_by_table.items():
-                if rows:
-                    breaker.call(landing.append, table, rows)
-                    rows.clear()
-
-        saved = self._retries.retry(
-            append, RetryStrategy.EXPONENTIAL, SAVE_ATTEMPTS, SAVE_S, operation="landing"
-        )
-        if saved.error_info is None or not saved.error_info.retryable:
-            saved.unwrap()
-        return saved.error_info
-
-    def _unsaved_outcomes(self, error: ErrorInfo) -> Iterator[CellOutcome]:
-        """Tell what becomes of cells that are computed, but cannot be saved."""
-        unsaved = self._unsaved
-        delay = self._delay(RetryStrategy.ADAPTIVE, 1, error)
-        waited = time.monotonic() - (unsaved.since or time.monotonic())
-        overdue = waited + delay > self._settings.retry_total_seconds
-        for outcome in unsaved.outcomes:
-            if outcome.status is CellStatus.FAILED:
-                yield outcome
-            else:
-                yield CellOutcome(
-                    outcome.file_key,
-                    CellStatus.FAILED if overdue else CellStatus.DEFERRED,
-                    error=error,
-                    history=outcome.history,
-                    recoveries=outcome.recoveries,
-                    retry_after=delay,
-                )
-        unsaved.outcomes = (
-            []
-            if overdue
-            else [
-                outcome
-                for outcome in unsaved.outcomes
-                if outcome.status in (CellStatus.MATERIALIZED, CellStatus.REUSED)
-            ]
-        )
+        """Make rows durable, then tell the outcomes that rest on them."""
+        for outcome in self.outbox.flush():
+            yield outcome
+            self._run.see_to_workers()  # to tell Dagster of a cell takes its time
 
     def _classify(
         self, exception: BaseException, file_key: str, stage: str, attempt: int
@@ -802,9 +716,8 @@ class _Batch:
 
     def _note(self, key: str, outcome: str, error: ErrorInfo | None = None) -> None:
         """Record what became of a cell without an attempt at it."""
-        self._unsaved.rows[ATTEMPTS.landing_name].append(
-            {**self._about(key, 0, outcome, error), "started_at": datetime.now(UTC)}
-        )
+        row = {**self._about(key, 0, outcome, error), "started_at": datetime.now(UTC)}
+        self.outbox.add(ATTEMPTS.landing_name, row)
 
     def _about(self, key: str, attempt: int, outcome: str, error: ErrorInfo | None) -> Row:
         return {
@@ -858,7 +771,7 @@ class _Batch:
         }
         cell.began = cell.began or flight.finished
         cell.history.append(row)
-        self._unsaved.rows[ATTEMPTS.landing_name].append(row)
+        self.outbox.add(ATTEMPTS.landing_name, row)
 
 
 def _measurement(future: WorkerFuture[CellResult]) -> Measurement:

@@ -17,6 +17,7 @@ from benchmarks.measure import PROJECT
 
 _SUFFIXES = {"FLAC": ".flac", "WAV": ".wav", "OGG": ".ogg", "MP3": ".mp3"}
 _EDGE_SAMPLES = 4410
+_BLOCK_SAMPLES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,10 @@ def make_library(
         name = formats[number % len(formats)]
         path = directory / f"{number // 10:03}" / f"{number:05} {recording.stem}{_SUFFIXES[name]}"
         path.parent.mkdir(parents=True, exist_ok=True)
-        soundfile.write(path, samples, rate, format=name)
+        with soundfile.SoundFile(path, "w", rate, samples.shape[1], format=name) as file:
+            # Whole, a long one is too much for libsndfile's Vorbis encoder.
+            for block in range(0, wanted, _BLOCK_SAMPLES):
+                file.write(samples[block : block + _BLOCK_SAMPLES])
         made.append(path)
     return made
 

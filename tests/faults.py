@@ -46,13 +46,6 @@ def hoard(audio: Audio) -> Row:
     return sound(audio)
 
 
-def hoard_unless_block(audio: Audio) -> Row:
-    """Hold memory in proportion to the audio, as an extractor does that needs all of it."""
-    held = bytearray(os.urandom(1024)) * int(audio.duration_s * 20 * 1024)
-    time.sleep(0.5 if len(held) > 2**28 else 0.0)
-    return sound(audio)
-
-
 def _traces(audio: Audio) -> Path:
     """Directory beside the library in which extractors leave word for each other."""
     directory = audio.path.parent.parent / "traces"

@@ -326,7 +326,7 @@ def open_container(file: BinaryIO) -> Iterator["av.container.InputContainer"]:
         As `decode`.
     """
     if os.fstat(file.fileno()).st_size == 0:
-        raise UnsupportedFormatError("holds no audio: the file is empty")
+        raise CorruptFileError("holds no audio: the file is empty")
     try:
         # Without protocols, playlists cannot make FFmpeg open other files or addresses.
         container = av.open(
@@ -424,7 +424,7 @@ def _packed(packer: "av.AudioResampler | None", frame: "av.AudioFrame | None") -
 @contextmanager
 def _open_with_soundfile(file: BinaryIO) -> Iterator[_Stream]:
     if os.fstat(file.fileno()).st_size == 0:
-        raise UnsupportedFormatError("holds no audio: the file is empty")
+        raise CorruptFileError("holds no audio: the file is empty")
     try:
         sound = soundfile.SoundFile(file)
     except soundfile.LibsndfileError as error:

@@ -1,5 +1,6 @@
 """The command line `audio-assets`."""
 
+import json
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -131,6 +132,20 @@ def scan_command(
         )
 
 
+@app.command("forget")
+def forget_command(
+    name: Annotated[str, typer.Argument(help="Name of the directory, as file keys begin.")],
+) -> None:
+    """Look no more for files in a directory given to analyze or scan; its results stay."""
+    from audio_assets.roots import forget_root
+
+    try:
+        forget_root(name)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    console.print(f"{name} is forgotten.")
+
+
 @app.command("publish")
 def publish_command() -> None:
     """Bring the database up to what has landed."""
@@ -156,7 +171,10 @@ def status_command() -> None:
         f"{now.files} files, {now.gone} gone",
         highlight=False,
     )
-    runs = now.runs[["run_id", "files", "cells_done", "cells_failed", "success_rate", "retries"]]
+    cells = ["cells_done", "cells_reused", "cells_failed", "cells_skipped"]
+    runs = now.runs[["started_at", "status", "files", *cells, "success_rate", "retries"]]
+    runs = runs.assign(started_at=runs["started_at"].dt.strftime("%Y-%m-%d %H:%M"))
+    runs = runs.rename(columns=lambda name: name.removeprefix("cells_").removesuffix("_at"))
     for title, frame in (
         ("Latest runs", runs),
         ("Open breakers", now.open_breakers),
@@ -293,23 +311,31 @@ def _open_instance() -> "DagsterInstance":
 
 def _scan(library: str | None) -> tuple[dict[str, Path], "LibraryScan"]:
     from audio_assets.library import Library
-    from audio_assets.roots import library_roots, remember_roots
+    from audio_assets.roots import library_roots, name_roots, remember_roots
 
     try:
-        roots = remember_roots(library) if library else library_roots()
+        roots = name_roots(library) if library else library_roots()
+        if not roots:
+            raise UserError("No library is known: name a directory, or set AUDIO_LIBRARY.")
         with console.status("looking for audio files"):
-            scan = Library(roots).scan()
-    except (ValueError, OSError) as error:
+            scan = Library(roots).scan(only_reachable=library is None)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}") from None
+    except ValueError as error:
         raise UserError(str(error)) from None
     _show_scan(roots, scan)
     if not scan.files:
         raise UserError("There is no audio file in it.")
+    if library:
+        remember_roots(roots)
     return roots, scan
 
 
 def _show_scan(roots: Mapping[str, Path], scan: "LibraryScan") -> None:
     where = ", ".join(str(root) for root in roots.values())
     console.print(f"{len(scan.files)} audio files in {escape(where)}", highlight=False)
+    for name, why in scan.unreachable.items():
+        console.print(f"  {escape(name)} is out of reach: {escape(why)}", style="yellow")
     for left_out in scan.left_out:
         console.print(f"  left out: {escape(left_out.file_key)}: {left_out.reason}", style="dim")
 
@@ -379,25 +405,50 @@ def _shown(value: object) -> str:
 
 @app.command("query")
 def query_command(
-    sql: Annotated[str, typer.Argument(help="Any SQL that only reads.")],
+    sql: Annotated[
+        str | None, typer.Argument(help="SQL; it cannot change the database.", show_default=False)
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Read the SQL from a file.", exists=True, dir_okay=False),
+    ] = None,
     csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
 ) -> None:
     """Run a query on the results, while runs and publishing go on."""
     from audio_assets.settings import get_settings
     from audio_assets.warehouse.queries import QueryError, query
 
+    if (sql is None) == (file is None):
+        raise UserError('Give either SQL, as in: query "FROM features.tracks", or --file.')
     try:
-        frame = query(get_settings().warehouse, sql)
-    except QueryError as error:
+        question = sql if file is None else file.read_text("utf-8")
+        frame = query(get_settings().warehouse, question or "")
+    except (QueryError, UnicodeDecodeError) as error:
         raise UserError(str(error)) from None
     if csv:
-        typer.echo(frame.to_csv(index=False), nl=False)
+        typer.echo(frame.map(_csv_value).to_csv(index=False), nl=False)
         return
     console.print(_frame_table(frame))
+
+
+def _csv_value(value: object) -> object:
+    """Return what a CSV file can hold: lists, arrays and maps as JSON."""
+    plain = value.tolist() if hasattr(value, "tolist") else value
+    return json.dumps(plain, default=str) if isinstance(plain, list | dict) else value
 
 
 def _frame_table(frame: "DataFrame", title: str | None = None) -> Table:
     table = Table(*(Column(str(name), overflow="fold") for name in frame.columns), title=title)
     for row in frame.itertuples(index=False):
-        table.add_row(*(escape(str(value)) for value in row))
+        table.add_row(*map(_cell, row))
     return table
+
+
+def _cell(value: object) -> str:
+    match value:
+        case None:
+            return ""
+        case float():
+            return "" if value != value else f"{value:.6g}"  # NaN stands for NULL
+        case _:
+            return "" if str(value) in ("<NA>", "NaT") else escape(str(value))

@@ -371,12 +371,12 @@ def _root_finding(name: str, root: Path) -> Finding:
     for _, _, names in os.walk(root):
         count += sum(Path(name).suffix.lower() in AUDIO_EXTENSIONS for name in names)
         if time.monotonic() > until:
-            return Finding(check, Verdict.OK, f"{root}: {count} audio files and more")
+            return Finding(check, Verdict.OK, f"{root}: more than {count} files of audio formats")
     if not count:
         return Finding(
             check, Verdict.WARNING, f"{root}: no audio file", "is it mounted? is it the right one?"
         )
-    return Finding(check, Verdict.OK, f"{root}: {count} audio files")
+    return Finding(check, Verdict.OK, f"{root}: {count} files of audio formats")
 
 
 CHECKS: dict[str, Callable[[], _Found]] = {

@@ -1,6 +1,7 @@
 """Which directories the library consists of."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from audio_assets.library import parse_roots
@@ -19,8 +20,8 @@ def library_roots() -> dict[str, Path]:
     return _remembered() | (parse_roots(configured) if configured else {})
 
 
-def remember_roots(library: str) -> dict[str, Path]:
-    """Add directories to the roots, so that Dagster's own processes know them too.
+def name_roots(library: str) -> dict[str, Path]:
+    """Name directories, as roots to be added.
 
     Parameters
     ----------
@@ -49,12 +50,34 @@ def remember_roots(library: str) -> dict[str, Path]:
                 f"{roots[name]} is already called {name!r}, and partition keys begin with the "
                 f"root's name: give {root} another one, as in '{name}-2={root}'"
             )
+    return chosen
+
+
+def remember_roots(roots: Mapping[str, Path]) -> None:
+    """Add directories to the roots, so that Dagster's own processes know them too."""
+    _write(_remembered() | dict(roots))
+
+
+def forget_root(name: str) -> None:
+    """Take a directory that was remembered from the roots.
+
+    Raises
+    ------
+    ValueError
+        If none is remembered by that name.
+    """
+    roots = _remembered()
+    if name not in roots:
+        known = f"there are {', '.join(sorted(roots))}" if roots else "there is none"
+        raise ValueError(f"no directory is remembered as {name!r}; {known}")
+    _write({other: root for other, root in roots.items() if other != name})
+
+
+def _write(roots: Mapping[str, Path]) -> None:
     path = _path()
     partial = path.with_suffix(".partial")
-    everything = {name: str(root) for name, root in (_remembered() | chosen).items()}
-    partial.write_text(json.dumps(everything, indent=2), "utf-8")
+    partial.write_text(json.dumps({name: str(r) for name, r in roots.items()}, indent=2), "utf-8")
     partial.replace(path)
-    return chosen
 
 
 def _remembered() -> dict[str, Path]:

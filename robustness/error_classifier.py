@@ -103,7 +103,8 @@ class ErrorInfo:
     @property
     def reason(self) -> str:
         """The message and the evidence in one line, for people."""
-        return f"{self.message} ({self.evidence})" if self.evidence else self.message
+        is_news = self.evidence and self.evidence not in self.message
+        return f"{self.message} ({self.evidence})" if is_news else self.message
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ def test_a_sound_installation_passes(home: Home, tmp_path: Path) -> None:
     assert "failed" not in done.stdout
     for name in doctor.CHECKS:
         assert name in done.stdout
-    assert "1 audio files" in done.stdout
+    assert "1 files of audio formats" in done.stdout
 
 
 def test_without_a_home_named_the_project_s_own_is_checked(home: Home) -> None:

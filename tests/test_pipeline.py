@@ -1,5 +1,8 @@
 """The way from files to tables, through Dagster, as `audio-assets analyze` goes it."""
 
+import csv
+import io
+import json
 import os
 import re
 from pathlib import Path
@@ -14,7 +17,7 @@ from audio_assets.definitions import defs
 from audio_assets.features import FEATURE_SETS
 from audio_assets.file_keys import encode_key
 from audio_assets.sample_library import SampleTrack, make_sample_library
-from tests.conftest import Home, make_home
+from tests.conftest import Home, make_home, write_tone
 
 
 @pytest.fixture(scope="module")
@@ -142,8 +145,40 @@ def test_files_come_and_go(home: Home, tmp_path: Path) -> None:
 
 
 def test_bad_input_is_told_in_one_line(home: Home, tmp_path: Path) -> None:
-    for arguments in (["analyze", str(tmp_path / "nowhere")], ["query", "SELECT 1"]):
+    (tmp_path / "empty").mkdir()
+    for arguments in (
+        ["analyze", str(tmp_path / "nowhere")],
+        ["analyze", str(tmp_path / "empty")],
+        ["query", "SELECT 1"],
+        ["query"],
+        ["forget", "nowhere"],
+    ):
         done = home.cli(*arguments)
         assert done.returncode == 2
         assert "Traceback" not in done.stdout + done.stderr
         assert done.stdout.strip()
+    assert not (home.path / "library_roots.json").exists()
+
+
+def test_queries_from_a_file_and_as_csv(analysed: tuple[Home, str], tmp_path: Path) -> None:
+    home, _ = analysed
+    sql = tmp_path / "question.sql"
+    sql.write_text("-- What is asked.\nSELECT file_key, beats FROM features.rhythm")
+    done = home.cli("query", "--csv", "--file", str(sql))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = list(csv.DictReader(io.StringIO(done.stdout)))
+    assert len(rows) == 12
+    assert all(isinstance(json.loads(row["beats"])[0], float) for row in rows)
+    done = home.cli("query", "")
+    assert (done.returncode, done.stdout.strip()) == (2, "There is no SQL to run.")
+
+
+def test_a_directory_can_be_forgotten(home: Home, tmp_path: Path) -> None:
+    library = tmp_path / "music"
+    library.mkdir()
+    write_tone(library / "a.wav", 440.0)
+    assert home.cli("scan", str(library)).returncode == 0
+    assert home.cli("forget", "music").returncode == 0
+    done = home.cli("scan")
+    assert done.returncode == 2
+    assert "No library is known" in done.stdout

@@ -9,7 +9,7 @@ import mutagen
 from mutagen.mp4 import MP4FreeForm
 
 from audio_assets.audio import Audio, audio_stream, open_container, open_nameless
-from audio_assets.errors import DecoderError
+from audio_assets.errors import DecoderError, UnsupportedFormatError
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.statistics import finite
 
@@ -85,7 +85,7 @@ def _extract(audio: Audio) -> Row:
                 raise error.__context__ from None
             raise DecoderError(f"mutagen cannot read its tags: {error}") from error
     if parsed is None:
-        raise DecoderError("mutagen does not know its format")
+        raise UnsupportedFormatError("mutagen does not know its format")
     info = parsed.info
     container, codec = _FORMATS.get(type(parsed).__name__, (type(parsed).__name__.lower(),) * 2)
     if container == "mp4" and not info.codec.startswith("mp4a"):

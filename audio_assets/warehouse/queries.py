@@ -65,6 +65,8 @@ def query(warehouse_path: Path, sql: str) -> pd.DataFrame:
         If there is no database yet, it cannot be opened, or the SQL is wrong.
     """
     with _opened(warehouse_path) as connection:
+        if not connection.extract_statements(sql):
+            raise QueryError("There is no SQL to run.")
         return connection.execute(sql).df()
 
 

@@ -208,13 +208,12 @@ def picture(path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "the file is empty"),
         (bytes(5000), "zero bytes"),
         ("Not a song, söng or sông.\n".encode() * 400, "it is a text file"),
         (b"ffconcat version 1.0\nfile a.wav\n", "it is a text file"),
         (np.random.default_rng(0).bytes(50_000), "no audio"),
     ],
-    ids=["empty", "zeros", "text", "concat script", "noise"],
+    ids=["zeros", "text", "concat script", "noise"],
 )
 def test_what_is_no_audio_says_so(tmp_path: Path, content: bytes, words: str, decoder: str) -> None:
     path = tmp_path / "song.wav"
@@ -223,6 +222,14 @@ def test_what_is_no_audio_says_so(tmp_path: Path, content: bytes, words: str, de
     with pytest.raises(UnsupportedFormatError, match=words):
         decoded(path, decoder=decoder)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("decoder", ["av", "soundfile"])
+def test_an_empty_file_is_corrupt(tmp_path: Path, decoder: str) -> None:
+    path = tmp_path / "song.wav"
+    path.touch()
+    with pytest.raises(CorruptFileError, match="the file is empty"):
+        decoded(path, decoder=decoder)
 
 
 def test_a_picture_holds_no_audio(tmp_path: Path) -> None:

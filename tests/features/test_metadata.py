@@ -13,7 +13,10 @@ from mutagen.id3 import APIC, COMM, ID3, TALB, TCON, TDRC, TIT2, TPE1, TPE2, TRC
 from mutagen.mp4 import MP4, MP4Cover, MP4FreeForm
 
 from audio_assets.audio import Audio
-from audio_assets.errors import DecoderError, UnsupportedFormatError
+from audio_assets.errors import (
+    AudioFileError,
+    UnsupportedFormatError,
+)
 from audio_assets.features.base import Row, check_row
 from audio_assets.features.metadata import FEATURE_SET
 from tests.features.test_audio import SECONDS, encode_format, picture
@@ -211,7 +214,7 @@ def test_the_content_tells_the_format(tmp_path: Path) -> None:
 def test_what_mutagen_does_not_know_is_left_to_the_alternative(tmp_path: Path) -> None:
     path = encode_format(tmp_path, "a.mka")
 
-    with pytest.raises(DecoderError, match="mutagen does not know"):
+    with pytest.raises(UnsupportedFormatError, match="mutagen does not know"):
         extract(path)
     row = extract_alternative(path)
     assert (row["container"], row["codec"]) == ("matroska", "aac")
@@ -225,7 +228,7 @@ def test_what_is_no_audio(tmp_path: Path) -> None:
     noise.write_bytes(np.random.default_rng(3).bytes(10_000))
 
     for path in (text, cover, noise):
-        with pytest.raises(DecoderError):
+        with pytest.raises(AudioFileError):
             extract(path)
         with pytest.raises(UnsupportedFormatError):
             extract_alternative(path)

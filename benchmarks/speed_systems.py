@@ -269,8 +269,17 @@ def _run_project(library: str) -> None:
                 "main_parts_cpu_s": watch.cpu,
                 "main_parts_wall_s": watch.wall,
                 "main_parts_calls": watch.calls,
+                "cells_missing": _cells_missing(),
             }
         )
+
+
+def _cells_missing() -> int:
+    import duckdb
+
+    warehouse = Path(os.environ["DAGSTER_HOME"]) / "warehouse.duckdb"
+    with duckdb.connect(str(warehouse), read_only=True) as connection:
+        return len(connection.execute("FROM features.missing").fetchall())
 
 
 # Plain Dagster: a run per file, an asset per feature set, each of which decodes the file

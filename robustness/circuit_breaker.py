@@ -164,15 +164,26 @@ class Permit:
         """Record a success and the time it took; by default, the time since the permit."""
         self._settle("success", seconds=seconds)
 
-    def failed(self, error: BaseException, seconds: float | None = None) -> None:
-        """Record a failure; it counts if the breaker's `counts` says so.
+    def failed(
+        self, error: BaseException, seconds: float | None = None, *, counts: bool | None = None
+    ) -> None:
+        """Record a failure.
 
         What is no `Exception` (an interrupt, a cancellation) says nothing about the work and
         only gives the permit back.
+
+        Parameters
+        ----------
+        error : BaseException
+            What the call failed of.
+        seconds : float, optional
+            The time it took; by default, the time since the permit.
+        counts : bool, optional
+            Whether it counts; by default, what the breaker's `counts` says.
         """
         if not isinstance(error, Exception):
             self.release()
-        elif self._breaker.counts(error):
+        elif self._breaker.counts(error) if counts is None else counts:
             self._settle("failure", error=error, seconds=seconds)
         else:
             self.ignored(error)
@@ -359,6 +370,8 @@ class CircuitBreaker:
             store = store or _private_store()
         self.name = name
         self._state = BreakerState(name, self._policy, store, _announce)
+        if store is None:
+            _registry.setdefault(name, self)
 
     @property
     def failure_threshold(self) -> int:
@@ -504,11 +517,9 @@ def get_circuit_breaker(name: str) -> CircuitBreaker:
     ``audio_processing``, ``database_operations``, ``network_operations`` and
     ``feature_extraction`` have thresholds of their own, all others those of the settings.
     """
-    breaker = _registry.get(name)
-    if breaker is None:
-        breaker = CircuitBreaker(name, **_KNOWN_BREAKERS.get(name, {}))
-        breaker = _registry.setdefault(name, breaker)
-    return breaker
+    if name not in _registry:
+        CircuitBreaker(name, **_KNOWN_BREAKERS.get(name, {}))  # it registers itself
+    return _registry[name]
 
 
 def all_circuit_breakers() -> dict[str, CircuitBreaker]:

@@ -113,7 +113,10 @@ class _Forward(logging.Handler):
             return
         fields = ", ".join(f"{name}={value}" for name, value in about.items() if value is not None)
         message = self.format(record)
-        self._log.log(record.levelno, f"{message} [{fields}]" if fields else message)
+        try:
+            self._log.log(record.levelno, f"{message} [{fields}]" if fields else message)
+        except Exception:  # noqa: BLE001 - Dagster's storage fails; who logs is not to fail with it
+            self.handleError(record)
 
 
 @contextmanager

@@ -71,12 +71,13 @@ class RobustnessSettings(BaseSettings):
     timeout_base_delay: PositiveFloat = Field(
         default=60.0,
         validation_alias="TIMEOUT_BASE_DELAY",
-        description="Base timeout (s) of work that the table of base timeouts does not name",
+        description="Base timeout (s) of work that the table of base timeouts does not name; "
+        "not above `TIMEOUT_MAX_DELAY`",
     )
     timeout_max_delay: PositiveFloat = Field(
         default=600.0,
         validation_alias="TIMEOUT_MAX_DELAY",
-        description="Ceiling (s) of every timeout, learned or not",
+        description="Longest timeout (s), learned or not; `increase_timeout` may exceed it by half",
     )
     timeout_memory_threshold: Fraction = Field(
         default=0.8,
@@ -106,7 +107,7 @@ class RobustnessSettings(BaseSettings):
     retry_max_attempts: PositiveInt = Field(
         default=3,
         validation_alias="ROBUSTNESS_RETRY_MAX_ATTEMPTS",
-        description="Attempts at one piece of work, the first included",
+        description="Attempts at one cell, the first included",
     )
     retry_budget_ratio: NonNegativeFloat = Field(
         default=0.2,
@@ -116,7 +117,7 @@ class RobustnessSettings(BaseSettings):
     retry_total_seconds: PositiveFloat = Field(
         default=1800.0,
         validation_alias="ROBUSTNESS_RETRY_TOTAL_SECONDS",
-        description="Time (s) that one piece of work may take with all its retries",
+        description="Time (s) that one cell may take with all its retries and waits",
     )
     worker_memory_mib: PositiveInt | None = Field(
         default=None,

@@ -455,7 +455,15 @@ class WorkerPool:
                 if task.fresh_worker and worker is not None:
                     self._discard(worker, grace=_EXIT_SECONDS)
                     worker = None
-                worker = self._run(task, worker)
+                try:
+                    worker = self._run(task, worker)
+                except Exception as error:
+                    logger.exception("the worker pool failed a task by a defect of its own")
+                    if worker is not None:
+                        self._discard(worker)
+                        worker = None
+                    if not task.future.done():
+                        self._fail(task, error)
             if worker is not None:
                 self._discard(worker, grace=_EXIT_SECONDS)
 
@@ -640,12 +648,12 @@ class WorkerPool:
             self._running_tasks -= 1
 
     def _fail(self, task: "_Task", error: BaseException) -> None:
-        self._note_end()
         if self._killed:
             error = CancelledError("the worker pool was killed")
-        elif isinstance(error, WorkerError):
-            logger.warning("%s: %s", getattr(task.fn, "__qualname__", task.fn), error)
+        self._note_end()
         task.future.set_exception(error)
+        if isinstance(error, WorkerError):
+            logger.warning("%s: %s", getattr(task.fn, "__qualname__", task.fn), error)
 
 
 class _Task(NamedTuple):
@@ -767,21 +775,34 @@ class _Recipe:
         WorkerStartError
             If the system or the fork server refuses.
         """
-        connection, workers_connection = self._context.Pipe()
-        workers_lifeline, lifeline = self._context.Pipe(duplex=False)
-        arguments = (workers_connection, workers_lifeline, self._initializer, self._initargs)
-        process = self._context.Process(target=worker_main, args=arguments, daemon=True)
-        try:
-            with _processes:
-                process.start()
-        except Exception as error:
-            connection.close()
-            lifeline.close()
-            raise WorkerStartError(f"cannot start a worker process: {error!r}") from error
-        finally:
-            workers_connection.close()
-            workers_lifeline.close()
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as workers:
+            try:
+                connection, workers_connection = self._context.Pipe()
+                ours.enter_context(connection)
+                workers.enter_context(workers_connection)
+                workers_lifeline, lifeline = self._context.Pipe(duplex=False)
+                ours.enter_context(lifeline)
+                workers.enter_context(workers_lifeline)
+                _limit_stalls(connection)
+                process = self._context.Process(
+                    target=worker_main,
+                    args=(workers_connection, workers_lifeline, self._initializer, self._initargs),
+                    daemon=True,
+                )
+                with _processes:
+                    process.start()
+            except Exception as error:
+                raise WorkerStartError(f"cannot start a worker process: {error!r}") from error
+            ours.pop_all()
         return process, connection, lifeline
+
+
+def _limit_stalls(connection: Connection) -> None:
+    """Let no message that stops in the middle hold anyone for long."""
+    stall = struct.pack("ll", _STALL_SECONDS, 0)  # a struct timeval
+    with socket.socket(fileno=os.dup(connection.fileno())) as same_socket:
+        same_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
+        same_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
 
 
 class _WorkerGoneError(Exception):
@@ -800,10 +821,6 @@ class _Worker:
     def __init__(self, recipe: _Recipe) -> None:
         self._process, self._connection, self._lifeline = recipe.start()
         self.pid = self._process.pid or 0
-        stall = struct.pack("ll", _STALL_SECONDS, 0)  # a struct timeval
-        with socket.socket(fileno=os.dup(self._connection.fileno())) as same_socket:
-            same_socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, stall)
-            same_socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, stall)
 
     def wait_until_ready(self) -> None:
         """Wait for the end of the initializer.

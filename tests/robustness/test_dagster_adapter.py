@@ -1,14 +1,19 @@
 """The Dagster adapter in real runs, with both executors."""
 
 import copy
+import errno
+import logging
+import os
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 from dagster import (
     DagsterEventType,
     DagsterInstance,
+    DagsterLogManager,
     JobExecutionResult,
     RetryPolicy,
     execute_job,
@@ -16,7 +21,7 @@ from dagster import (
 )
 from dagster._core.execution.plan.objects import ErrorSource
 
-from robustness.dagster import SmartRetryPolicy
+from robustness.dagster import SmartRetryPolicy, log_to
 from robustness.settings import get_settings
 from robustness.smart_retry import JITTER, RetryStrategy, get_retry_manager, set_testing
 from robustness.state import reset_state_store
@@ -128,6 +133,16 @@ def test_interrupted_step_is_not_retried(instance: DagsterInstance, tmp_path: Pa
     assert attempts(tmp_path) == 1
     (failure,) = result.get_step_failure_events()
     assert failure.step_failure_data.error_source is ErrorSource.INTERRUPT
+
+
+def test_log_that_cannot_be_written_fails_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    class FullLog:
+        def log(self, *_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with log_to(cast("DagsterLogManager", FullLog()), "run"):
+        logging.getLogger("robustness.worker_pool").warning("worker gone")
+    assert "No space left" in capsys.readouterr().err
 
 
 def test_logs_and_transitions_reach_the_run(instance: DagsterInstance, tmp_path: Path) -> None:

@@ -1,8 +1,10 @@
 """Faults here are real: the processes hang, crash, are killed, eat memory."""
 
+import contextlib
 import gc
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -61,6 +63,25 @@ def assert_unharmed(pool: WorkerPool) -> None:
     """Both workers take tasks again."""
     futures = [pool.submit(tasks.sleep, 0.05, timeout=AMPLE) for _ in range(4)]
     assert all(is_gone(future.result()) is False for future in futures)
+
+
+def test_no_file_handles_left_fails_the_task_and_not_the_pool(pool: WorkerPool) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
+    taken = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        failed = pool.submit(tasks.double, 1, timeout=AMPLE, fresh_worker=True).exception(AMPLE)
+    finally:
+        for handle in taken:
+            os.close(handle)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert isinstance(failed, WorkerStartError)
+    # The fork server may have died of it, too; the next worker starts another one.
+    wait_for(lambda: pool.submit(tasks.double, 1, timeout=AMPLE).exception() is None)
+    assert_unharmed(pool)
 
 
 def test_returns_results_in_the_order_of_the_futures(pool: WorkerPool) -> None:

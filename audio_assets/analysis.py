@@ -21,11 +21,11 @@ from audio_assets.backlog import batches
 from audio_assets.definitions import defs
 from audio_assets.features import FEATURE_SETS
 from audio_assets.run_requests import ALL_FEATURES, batch_tags
-from audio_assets.runs import record_run
+from audio_assets.runs import record_ended_runs, record_run
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
 
-POLL_S = 0.5
+POLL_S = 1.0
 
 
 def run_batches(
@@ -62,8 +62,12 @@ def run_batches(
                     tags=batch_tags(batch, "audio-assets analyze")
                     | ({FORCE_TAG: "true"} if force else {}),
                 )
-            record_run(instance, run_id, landing)
-            publish()  # between two batches no worker waits for it
+            try:
+                record_run(instance, run_id, landing)
+                publish()  # between two batches no worker waits for it
+            except Exception as error:  # noqa: BLE001 - the next batch need not fail of it
+                console.print(f"not published: {error}", style="yellow", markup=False)
+    record_ended_runs(instance, get_settings().warehouse, landing)
 
 
 def _progress_bar(console: Console) -> Progress:

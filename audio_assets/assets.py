@@ -2,18 +2,21 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import dagster as dg
 
 from audio_assets.backlog import release_files
 from audio_assets.cells import CellOutcome, CellStatus
 from audio_assets.events import failure, materialization, observation
+from audio_assets.extraction import Extraction
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
 from audio_assets.resources import ExtractionResource
 from audio_assets.settings import get_settings
 from audio_assets.warehouse.schema import feature_table
 from robustness.dagster import SmartRetryPolicy
+from robustness.settings import get_settings as get_robustness_settings
 
 PARTITIONS = "audio_files"
 
@@ -90,9 +93,8 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
         context: dg.AssetExecutionContext, extraction: ExtractionResource
     ) -> Iterator[None]:
         file_keys = context.partition_keys
+        run = extraction.extraction
         force = context.run.tags.get(FORCE_TAG, "").lower() == "true"
-        if context.run.tags.get(RETRY_QUARANTINED_TAG) == "true" and not context.retry_number:
-            release_files(file_keys, feature_set.name, extraction.extraction.landing)
         progress = _Progress(context.log, len(file_keys))
         deferred: list[CellOutcome] = []
         others = {
@@ -100,23 +102,54 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
             for other in context.job_def.asset_layer.selected_asset_keys
             if other.path[0] == key.path[0] and other != key
         }
-        cells = extraction.extraction.run(feature_set, file_keys, others=others, force=force)
-        for outcome in cells:
-            match outcome.status:
-                case CellStatus.FAILED:
-                    context.log_event(observation(key, outcome))
-                case CellStatus.DEFERRED:
-                    deferred.append(outcome)
-                case _:
-                    context.log_event(materialization(key, feature_set, outcome))
-            progress.advance(outcome)
+        with _patience(run, feature_set.name):
+            if context.run.tags.get(RETRY_QUARANTINED_TAG) == "true":
+                _release_once(run, feature_set.name, file_keys)
+            for outcome in run.run(feature_set, file_keys, others=others, force=force):
+                match outcome.status:
+                    case CellStatus.FAILED:
+                        context.log_event(observation(key, outcome))
+                    case CellStatus.DEFERRED:
+                        deferred.append(outcome)
+                    case _:
+                        context.log_event(materialization(key, feature_set, outcome))
+                progress.advance(outcome)
         if deferred:
             raise CellsDeferredError(deferred)
-        if failed := extraction.extraction.failed(feature_set):
+        if failed := run.failed(feature_set):
             raise failure(failed, len(file_keys))
         yield from ()
 
     return extract
+
+
+def _release_once(run: Extraction, feature_set: str, file_keys: Sequence[str]) -> None:
+    """Let the cells out of quarantine, but not again what a retried step has put there."""
+    if feature_set not in run.released:
+        release_files(file_keys, feature_set, run.landing)
+        run.released.add(feature_set)
+
+
+@contextmanager
+def _patience(run: Extraction, feature_set: str) -> Iterator[None]:
+    """Fail a step for good if its retries have got nowhere for too long.
+
+    Raises
+    ------
+    dagster.Failure
+        If the step has failed as a whole since ROBUSTNESS_RETRY_TOTAL_SECONDS or more.
+    """
+    try:
+        yield
+    except Exception as error:
+        now = time.monotonic()
+        waited = now - run.failing_since.setdefault(feature_set, now)
+        if waited < get_robustness_settings().retry_total_seconds:
+            raise
+        raise dg.Failure(
+            description=f"Given up after {waited:.0f} s of retries: {error}", allow_retries=False
+        ) from error
+    run.failing_since.pop(feature_set, None)
 
 
 class CellsDeferredError(Exception):

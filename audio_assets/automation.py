@@ -3,7 +3,8 @@
 import dagster as dg
 
 from audio_assets.robustness_assets import JOB, robustness_stats
-from audio_assets.runs import computes_features, record_run
+from audio_assets.runs import computes_features, record_ended_runs, record_run
+from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
 from audio_assets.warehouse.publisher import PublishResult
 
@@ -55,8 +56,12 @@ def _told(result: PublishResult) -> str:
     minimum_interval_seconds=WHILE_RUNNING_S,
     description="Publishes what runs that go on have landed to DuckDB, every minute",
 )
-def publish_while_running() -> dg.SkipReason:
-    """Publish what has landed since; it costs a listing where nothing has."""
+def publish_while_running(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+    """Publish what has landed since; it costs a listing where nothing has.
+
+    Dagster offers a run's end once: where it could not be landed then, it is landed here.
+    """
+    record_ended_runs(context.instance, get_settings().warehouse, open_landing())
     return dg.SkipReason(_told(publish()))
 
 

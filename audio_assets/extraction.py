@@ -125,6 +125,10 @@ class Extraction:
         self.undecodable: dict[str, ErrorInfo] = {}
         # What the first feature set had to find out about a content helps the later ones.
         self.options: dict[str, AttemptOptions] = {}
+        self.released: set[str] = set()
+        """Feature sets whose cells were let out of quarantine for this run."""
+        self.failing_since: dict[str, float] = {}
+        """Since when each feature set's step has got nowhere, in monotonic time (s)."""
         self.batches: dict[str, _Batch] = {}
         self.landed: queue.SimpleQueue[tuple[_Flight, WorkerFuture[CellResult]]] = (
             queue.SimpleQueue()
@@ -216,7 +220,6 @@ class _Batch:
         self._settled: set[str] = set()
         self._waiting: deque[Cell] = deque()
         self._put_off_cells: list[Cell] = []
-        self._alone = False
         self._has_succeeded = False
         self._suspects: list[tuple[str, str, ErrorInfo, int]] = []
         self.outbox = Outbox(extraction.landing)
@@ -226,18 +229,20 @@ class _Batch:
         todo = [key for key in file_keys if key not in self._settled]
         shares = not all(map(self._run.is_over, others))
         for outcome in self._bring_to_an_end(todo, shares=shares):
+            yield outcome
+            # It is told now; otherwise the step's next retry would have to.
             if outcome.status is not CellStatus.DEFERRED:
                 self._settled.add(outcome.file_key)
             if outcome.status is CellStatus.FAILED:
                 self.failed.append(outcome)
-            yield outcome
         self.is_over = self._settled.issuperset(file_keys)
 
     def _bring_to_an_end(self, file_keys: Sequence[str], *, shares: bool) -> Iterator[CellOutcome]:
-        computed = self.outbox.resume()
-        yield from self._flush()  # what an earlier call could not save
-        resumed = self._resume()
-        self._plan([key for key in file_keys if key not in computed | resumed])
+        self.outbox.resume()
+        yield from self._flush()  # what an earlier call could not save or tell
+        self._resume()
+        at_hand = self._settled | self.outbox.file_keys | self._keys_at_hand()
+        self._plan([key for key in file_keys if key not in at_hand])
         while self._waiting or self.in_flight:
             self._run.see_to_workers()
             if shares and self._keeps_workers_waiting():
@@ -256,6 +261,11 @@ class _Batch:
             delay = self._delay(RetryStrategy.ADAPTIVE, 1, error)
             yield from self.outbox.give_account(error, delay, self._settings.retry_total_seconds)
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether an attempt is under way that no other may run beside."""
+        return any(flight.cell.options.alone for flight in self.in_flight.values())
+
     def advance(self) -> None:
         """Launch what can be launched."""
         if self.outbox.error:
@@ -266,7 +276,7 @@ class _Batch:
 
     def _keeps_workers_waiting(self) -> bool:
         """Tell whether workers have nothing to do until attempts end that are late already."""
-        if self._waiting or self._alone or not self._run.pool.spare_workers:
+        if self._waiting or self.runs_alone or not self._run.pool.spare_workers:
             return False
         now = time.monotonic()
         return all(flight.is_late(now) for flight in self.in_flight.values())
@@ -282,17 +292,16 @@ class _Batch:
 
     # What there is to do
 
-    def _resume(self) -> set[str]:
-        """Take up what was put off, where its time has come and its storage is there again.
-
-        Returns
-        -------
-        set of str
-            The files of all that was put off or is in flight.
-        """
-        put_off, self._put_off_cells = self._put_off_cells, []
+    def _keys_at_hand(self) -> set[str]:
+        """Return the files of all cells that are waiting, in flight or put off."""
         in_flight = [flight.cell for flight in self.in_flight.values()]
-        keys = {key for cell in (*put_off, *in_flight) for key in cell.keys}
+        return {
+            key for cell in (*self._waiting, *in_flight, *self._put_off_cells) for key in cell.keys
+        }
+
+    def _resume(self) -> None:
+        """Take up what was put off, where its time has come and its storage is there again."""
+        put_off, self._put_off_cells = self._put_off_cells, []
         now, cells = time.monotonic(), []
         for cell in put_off:
             left = cell.wait.until - now if cell.wait else 0.0
@@ -322,10 +331,11 @@ class _Batch:
                 )
             else:
                 self._waiting.append(cell)
-        return keys
 
     def _plan(self, file_keys: Sequence[str]) -> None:
         """Settle what needs no work; queue the rest, files of one content together."""
+        if not file_keys:
+            return
         run, reads_pcm = self._run, self._feature_set.reads_pcm
         self.outbox.add(FILES.landing_name, *run.files.look_at(file_keys))
         known = run.files.identities
@@ -376,7 +386,7 @@ class _Batch:
     def _launch_waiting(self) -> CircuitBreakerOpenError | None:
         """Keep the workers busy; return the breaker's refusal if it lets nothing through."""
         pool, queued = self._run.pool, 2 * self._run.workers
-        while self._waiting and not self._alone:
+        while self._waiting and not self.runs_alone:
             if len(self.in_flight) >= queued and not pool.spare_workers:
                 break
             cell = self._waiting[0]
@@ -430,7 +440,6 @@ class _Batch:
         cell.wait = None
         self.in_flight[cell.file_key] = flight
         if cell.options.alone:
-            self._alone = True
             run.pool.resize(1)
         task = CellTask(
             path=run.library.path_of(cell.file_key),
@@ -465,10 +474,9 @@ class _Batch:
     def conclude(self, flight: _Flight, future: WorkerFuture[CellResult]) -> None:
         """Take in how an attempt ended."""
         del self.in_flight[flight.cell.file_key]
-        if flight.cell.options.alone:
-            self._alone = False
-            if not any(batch._alone for batch in self._run.batches.values()):
-                self._run.pool.resize(self._run.workers)
+        others = self._run.batches.values()
+        if flight.cell.options.alone and not any(batch.runs_alone for batch in others):
+            self._run.pool.resize(self._run.workers)
         cell = flight.cell
         with log_context(
             run_id=self._run.run_id,
@@ -539,7 +547,7 @@ class _Batch:
             if name == stage:
                 # One bad file must not open a breaker: its first fault counts, no later one.
                 is_news = error.systemic and not cell.history
-                permit.failed(exception) if is_news else permit.ignored(exception)
+                permit.failed(exception, counts=is_news)
             elif name in reached:
                 permit.succeeded(stage_seconds[name])
             else:
@@ -614,7 +622,9 @@ class _Batch:
         delay = self._delay(strategy, len(cell.tried), error, cell.size_mb)
         overdue = now + delay - cell.began > self._settings.retry_total_seconds
         if overdue or cell.refusals > MAX_REFUSALS:
-            self._give_up(cell, cell.error or error, "wait")
+            last = cell.error or error
+            waited = f"{last.message} (given up after {now - cell.began:.0f} s of waiting)"
+            self._give_up(cell, replace(last, message=waited), "wait")
             return
         cell.error = cell.error or error
         cell.wait = Wait(strategy, since=now, until=now + delay)
@@ -651,6 +661,9 @@ class _Batch:
             self._run.undecodable[content_hash] = error
         if stage != "wait":
             self._suspects.append((content_hash, cell.file_key, error, cell.attempts))
+        # The last attempt says it of the cell itself, unless it waited.
+        for key in cell.keys if stage == "wait" else cell.copies:
+            self._note(key, "given_up", error)
         for key in cell.keys:
             self.outbox.tell(cell.failed(key, error))
 
@@ -682,17 +695,23 @@ class _Batch:
             self._note(key, "deferred", error)
             self.outbox.tell(CellOutcome(key, CellStatus.DEFERRED, error=error, retry_after=delay))
         else:
-            self._settle_skipped(key, error)
+            self._settle_skipped(key, error, "given_up" if error.retryable else "skipped")
 
-    def _settle_skipped(self, key: str, error: ErrorInfo) -> None:
+    def _settle_skipped(self, key: str, error: ErrorInfo, outcome: str = "skipped") -> None:
         """Fail a cell that no attempt was made at."""
-        self._note(key, "skipped", error)
+        self._note(key, outcome, error)
         self.outbox.tell(CellOutcome(key, CellStatus.FAILED, error=error))
 
     def _settle_copy(self, key: str, row: Row) -> None:
         """Give a file the row of another file with the same content."""
         self._note(key, "reused")
-        copy = {**row, "file_key": key, "run_id": self._run.run_id}
+        # Of what the file held before there may be a row that was computed later than this one.
+        copy = {
+            **row,
+            "file_key": key,
+            "run_id": self._run.run_id,
+            "computed_at": datetime.now(UTC),
+        }
         self.outbox.add(self._table, copy)
         self.outbox.tell(CellOutcome(key, CellStatus.REUSED, row=copy))
 

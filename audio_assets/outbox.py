@@ -1,13 +1,13 @@
 """Rows on their way to the landing, and the outcomes that may be told once they are there."""
 
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import replace
 
 from audio_assets.cells import CellOutcome, CellStatus
 from audio_assets.features.base import Row
-from audio_assets.warehouse.landing import Landing
+from audio_assets.warehouse.landing import Landing, Part
 from robustness.circuit_breaker import get_circuit_breaker
 from robustness.error_classifier import ErrorInfo
 from robustness.smart_retry import RetryStrategy, get_retry_manager
@@ -40,7 +40,8 @@ class Outbox:
     def __init__(self, landing: Landing) -> None:
         self._landing = landing
         self._rows: dict[str, list[Row]] = defaultdict(list)
-        self._outcomes: list[CellOutcome] = []
+        self._parts: deque[Part] = deque()
+        self._outcomes: deque[CellOutcome] = deque()
         self._saved_at = time.monotonic()
         self._failing_since: float | None = None
         self.error: ErrorInfo | None = None
@@ -66,7 +67,11 @@ class Outbox:
         Exception
             What the landing failed of, if it would do so again.
         """
-        self.error = self._append() if any(self._rows.values()) else None
+        for table, rows in self._rows.items():
+            if rows:
+                self._parts.append(self._landing.prepare(table, rows))
+                rows.clear()
+        self.error = self._append() if self._parts else None
         self._saved_at = time.monotonic()
         self._failing_since = (self._failing_since or self._saved_at) if self.error else None
 
@@ -76,10 +81,9 @@ class Outbox:
         )
 
         def append() -> None:
-            for table, rows in self._rows.items():
-                if rows:
-                    breaker.call(self._landing.append, table, rows)
-                    rows.clear()
+            while self._parts:
+                breaker.call(self._landing.save, self._parts[0])
+                self._parts.popleft()
 
         saved = get_retry_manager().retry(
             append, RetryStrategy.EXPONENTIAL, SAVE_ATTEMPTS, SAVE_S, operation="landing"
@@ -92,12 +96,18 @@ class Outbox:
         """Make the rows durable and tell the outcomes; none while they cannot be."""
         self.save()
         if not self.error:
-            outcomes, self._outcomes = self._outcomes, []
-            yield from outcomes
+            # While these are told, others come in that are not durable yet.
+            for _ in range(len(self._outcomes)):
+                yield self._outcomes[0]
+                self._outcomes.popleft()
 
-    def resume(self) -> set[str]:
-        """Forget what was put off, as it is taken up now; return the other outcomes' files."""
-        self._outcomes = [o for o in self._outcomes if o.status is not CellStatus.DEFERRED]
+    def resume(self) -> None:
+        """Forget what was put off, as it is taken up now."""
+        self._outcomes = deque(o for o in self._outcomes if o.status is not CellStatus.DEFERRED)
+
+    @property
+    def file_keys(self) -> set[str]:
+        """The files whose outcomes are to be told."""
         return {outcome.file_key for outcome in self._outcomes}
 
     def give_account(self, error: ErrorInfo, delay: float, longest: float) -> Iterator[CellOutcome]:
@@ -115,11 +125,11 @@ class Outbox:
         waited = time.monotonic() - (self._failing_since or time.monotonic())
         overdue = waited + delay > longest
         status = CellStatus.FAILED if overdue else CellStatus.DEFERRED
-        outcomes, self._outcomes = self._outcomes, []
+        outcomes = self._outcomes
+        kept = (CellStatus.MATERIALIZED, CellStatus.REUSED)
+        self._outcomes = deque(o for o in outcomes if o.status in kept and not overdue)
         for outcome in outcomes:
             if outcome.status is CellStatus.FAILED:
                 yield outcome
-                continue
-            yield replace(outcome, status=status, row=None, error=error, retry_after=delay)
-            if not overdue and outcome.status is not CellStatus.DEFERRED:
-                self._outcomes.append(outcome)
+            else:
+                yield replace(outcome, status=status, row=None, error=error, retry_after=delay)

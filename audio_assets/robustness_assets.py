@@ -292,7 +292,7 @@ def _check_success_rate(
     failing = connection.execute(
         """
         SELECT file_key, arg_max(message, row_id) FROM robustness.attempts
-        WHERE outcome = 'failed' AND list_contains(?, run_id)
+        WHERE outcome IN ('failed', 'given_up') AND list_contains(?, run_id)
         GROUP BY file_key ORDER BY count(*) DESC, file_key LIMIT ?
         """,
         [runs, FILES_NAMED],

@@ -1,10 +1,12 @@
 """What Dagster knows of a run, for the warehouse."""
 
 from datetime import UTC, datetime
+from pathlib import Path
 
 import dagster as dg
 
 from audio_assets.warehouse.landing import Landing
+from audio_assets.warehouse.publisher import reading
 from audio_assets.warehouse.schema import RUNS
 
 
@@ -36,6 +38,30 @@ def record_run(instance: dg.DagsterInstance, run_id: str, landing: Landing) -> N
             }
         ],
     )
+
+
+def record_ended_runs(instance: dg.DagsterInstance, warehouse: Path, landing: Landing) -> None:
+    """Land the ends of runs whose attempts were published, and whose ends could not be landed.
+
+    Parameters
+    ----------
+    instance : DagsterInstance
+        Where the runs were recorded.
+    warehouse : Path
+        The database.
+    landing : Landing
+        Where the rows go.
+    """
+    if not warehouse.exists():
+        return
+    with reading(warehouse) as connection:
+        open_runs = connection.execute(
+            f"SELECT run_id FROM {RUNS.sql_name} WHERE recorded_at IS NULL"
+        ).fetchall()
+    for (run_id,) in open_runs:
+        run = instance.get_run_by_id(run_id)
+        if run is not None and run.is_finished:
+            record_run(instance, run_id, landing)
 
 
 def computes_features(run: dg.DagsterRun, repository: dg.RepositoryDefinition | None) -> bool:

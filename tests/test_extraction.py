@@ -194,6 +194,38 @@ def test_files_of_one_content_are_computed_once(library: Path, tmp_path: Path) -
     assert statuses == {CellStatus.MATERIALIZED, CellStatus.REUSED}
 
 
+def test_copy_of_older_rows_replaces_what_the_file_held_before(
+    library: Path, tmp_path: Path
+) -> None:
+    feature_set = faults.feature_set("plain", faults.sound)
+    table = feature_table(feature_set).landing_name
+    with extraction(library, tmp_path, feature_set) as shared:
+        for key in ("music/a.wav", "music/bad.wav"):
+            list(shared.run(feature_set, [key]))
+            shared.batches.clear()
+        (library / "a.wav").rename(library / "bad.wav")
+    with extraction(library, tmp_path, feature_set) as shared:
+        (moved,) = shared.run(feature_set, ["music/bad.wav"])
+        rows = {row["file_key"]: row for row in shared.landing.latest(table)}
+    assert moved.status is CellStatus.REUSED
+    assert len({row["content_hash"] for row in rows.values()}) == 1
+
+
+def test_step_that_broke_off_goes_on_where_it_was(library: Path, tmp_path: Path) -> None:
+    feature_set = faults.feature_set("plain", faults.sound)
+    keys = sorted(f"music/{path.name}" for path in library.iterdir())
+    with extraction(library, tmp_path, feature_set) as shared:
+        first = shared.run(feature_set, keys)
+        untold = next(first)
+        first.close()  # type: ignore[attr-defined] - as when Dagster's storage fails of it
+        outcomes = list(shared.run(feature_set, keys))
+    assert untold in outcomes
+    assert sorted(outcome.file_key for outcome in outcomes) == keys
+    landing = Landing(str(tmp_path / "landing"), warehouse_tables([feature_set]))
+    for table in (feature_table(feature_set).landing_name, "robustness/attempts"):
+        assert sorted(landing.read(table)["file_key"].to_pylist()) == keys
+
+
 def test_unchanged_cells_are_reused_and_force_computes_them(library: Path, tmp_path: Path) -> None:
     feature_set = faults.feature_set("plain", faults.sound)
     run(library, tmp_path, feature_set)

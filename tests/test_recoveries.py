@@ -401,7 +401,26 @@ def test_full_disk_under_the_scratch_fails_what_needs_it(
     assert first["error_type"] == "system_resource"
     assert first["recovery_strategy"] == "file_system_check"
     assert f"No space left on device: '{disk}/scratch" in first["message"]
+    [given_up] = [a["message"] for a in result.attempts if a["outcome"] == "given_up"]
+    assert "s of waiting" in given_up
     assert Quarantine().list() == []
+
+
+def test_landing_that_never_answers_ends_the_step(
+    workbench: Workbench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ROBUSTNESS_RETRY_TOTAL_SECONDS", "2")
+    forget_state()
+    asked = []
+
+    def latest(*_: object, **__: object) -> list[Any]:
+        asked.append(time.monotonic())
+        raise ConnectionResetError("the landing does not answer")
+
+    monkeypatch.setattr(Landing, "latest", latest)
+    with pytest.raises(ConnectionResetError):  # what the bench itself reads afterwards
+        workbench.run(faults.feature_set("plain", faults.sound))
+    assert 2 <= len(asked) < 20
 
 
 def test_locked_state_store_stops_nothing(

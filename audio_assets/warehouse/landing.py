@@ -18,6 +18,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from io import BytesIO
 from pathlib import Path
@@ -74,6 +75,15 @@ class PartVanishedError(Exception):
     """A part was superseded and deleted after it was listed."""
 
 
+@dataclass(frozen=True)
+class Part:
+    """Rows with a name, as they are or will be in the landing."""
+
+    table: str
+    name: str
+    rows: pa.Table
+
+
 class _RowIds:
     """UUIDs of version 7 that strictly increase within a process (RFC 9562, 6.2, method 3)."""
 
@@ -125,17 +135,26 @@ class Landing:
     def append(self, table: str, rows: Sequence[Mapping[str, Any]]) -> str:
         """Write rows as one part; they are durable when this returns.
 
+        Parameters and errors are those of `prepare` and `save`.
+
+        Returns
+        -------
+        str
+            Name of the part.
+        """
+        part = self.prepare(table, rows)
+        self.save(part)
+        return part.name
+
+    def prepare(self, table: str, rows: Sequence[Mapping[str, Any]]) -> "Part":
+        """Make a part of rows, to be saved; saving it again adds nothing.
+
         Parameters
         ----------
         table : str
             Table, for instance ``features/rhythm``.
         rows : sequence of mapping
             Values by column name; a column left out is NULL.
-
-        Returns
-        -------
-        str
-            Name of the part.
 
         Raises
         ------
@@ -145,8 +164,6 @@ class Landing:
             If there are no rows, or a row has a column that the table has not.
         pyarrow.ArrowInvalid, pyarrow.ArrowTypeError
             If a value does not fit its column.
-        OSError
-            If the part cannot be written; then none of the rows is in the landing.
         """
         schema = arrow_schema(self._tables[table].columns)
         if not rows:
@@ -157,8 +174,18 @@ class Landing:
         part = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
         ids = pa.array([_row_ids.next().bytes for _ in rows], pa.uuid())
         name = f"{_row_ids.next()}{_PART}"
-        self._write(table, name, part.append_column(ROW_ID, ids))
-        return name
+        return Part(table, name, part.append_column(ROW_ID, ids))
+
+    def save(self, part: "Part") -> None:
+        """Write a part; its rows are durable when this returns.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written, or may not have been. File systems of other packages raise
+            classes of their own as well.
+        """
+        self._write(part.table, part.name, part.rows)
 
     def parts(self, table: str) -> list[str]:
         """Return the names of the parts that hold a table's rows, oldest first."""
@@ -226,6 +253,8 @@ class Landing:
     ) -> list[dict[str, Any]]:
         """Return the rows in force: of each key, the one that replaces the others.
 
+        A damaged part is left out, which is logged.
+
         Parameters
         ----------
         table : str
@@ -239,11 +268,6 @@ class Landing:
         -------
         list of dict
             Values by column name, as `append` takes them.
-
-        Raises
-        ------
-        CorruptPartError
-            If a part is damaged.
         """
         definition = self._tables[table]
         schema = arrow_schema(definition.columns).append(pa.field(ROW_ID, pa.uuid()))
@@ -254,25 +278,35 @@ class Landing:
         )
 
         def rows_in_force() -> list[dict[str, Any]]:
-            parts = self._live(table)
-            keys = [
-                _with_position(self.read_part(table, name, deciding), number)
-                for number, name in enumerate(parts)
-            ]
-            empty = _with_position(schema.empty_table().select(deciding), 0)
+            parts: list[str] = []
+            keys: list[pa.Table] = []
+            for name in self._live(table):
+                with self._left_out_if_damaged():
+                    rows = self.read_part(table, name, deciding)
+                    keys.append(_with_position(rows, len(parts)))
+                    parts.append(name)
+            if not keys:
+                return []
             found = _in_force(
-                pa.concat_tables([empty, *keys], promote_options="permissive"), definition, where
+                pa.concat_tables(keys, promote_options="permissive"), definition, where
             )
-            rows = [
-                self.read_part(table, parts[number], wanted).take(positions)
-                for number, positions in found.items()
-            ]
-            empty = schema.empty_table().select([*wanted, ROW_ID])
-            selected = pa.concat_tables([empty, *rows], promote_options="permissive").select(wanted)
+            chosen = [schema.empty_table().select([*wanted, ROW_ID])]
+            for number, positions in found.items():
+                with self._left_out_if_damaged():
+                    chosen.append(self.read_part(table, parts[number], wanted).take(positions))
+            selected = pa.concat_tables(chosen, promote_options="permissive").select(wanted)
             found_rows: list[dict[str, Any]] = selected.to_pylist(maps_as_pydicts="strict")
             return found_rows
 
         return self._settled(rows_in_force)
+
+    @contextmanager
+    def _left_out_if_damaged(self) -> Iterator[None]:
+        """Do without a part that is damaged, as what its rows stand for can be computed anew."""
+        try:
+            yield
+        except CorruptPartError as error:
+            logger.error("%s; its rows are taken not to be there", error)
 
     def supersedes(self, table: str, name: str) -> frozenset[str]:
         """Return the names of the parts whose rows a part has taken over.
@@ -315,8 +349,10 @@ class Landing:
             if not alone:
                 return []
             # A superseded part must be gone before the part that says so is itself superseded.
+            # What lands from here on is not in the first listing, and so is left alone.
+            listed = self._list(table)
             live = self.parts(table)
-            self._delete(table, self._list(table) - set(live))
+            self._delete(table, listed - set(live))
             self._delete_abandoned(table)
             candidates = [name for name in live if only is None or name in only]
             return [
@@ -371,8 +407,9 @@ class Landing:
         except FileNotFoundError as error:
             raise PartVanishedError(f"{table}/{name}") from error
         except (pa.ArrowException, OSError) as error:
-            # What the operating system says carries an errno; what the Parquet reader says, none.
-            if isinstance(error, OSError) and error.errno is not None:
+            # What the Parquet reader says is a plain OSError without errno; what the operating
+            # system says has one, and what an object store says is a class of its own.
+            if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
                 raise
             raise CorruptPartError(f"{table}/{name}", str(error)) from error
 

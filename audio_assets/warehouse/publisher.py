@@ -387,8 +387,15 @@ class Publisher:
         if quarantine is None or breakers is None or transitions is None or parameters is None:
             return
         now = datetime.now(UTC)
+        # What the state store says now is not what it said at the end of a run long over.
         touched = connection.execute(
-            "SELECT DISTINCT run_id FROM touched WHERE run_id IS NOT NULL"
+            f"""
+            SELECT DISTINCT run_id FROM touched
+            WHERE run_id IS NOT NULL AND NOT EXISTS (
+                FROM {CIRCUIT_BREAKERS.sql_name} AS seen JOIN {RUNS.sql_name} USING (run_id)
+                WHERE seen.run_id = touched.run_id AND seen.seen_at >= runs.recorded_at
+            )
+            """
         ).fetchall()
         snapshots = {
             CIRCUIT_BREAKERS: [

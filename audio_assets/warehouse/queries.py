@@ -31,10 +31,6 @@ class Status:
         Files in the library, and files that have left it.
     runs : pandas.DataFrame
         The latest runs, newest first, as in ``robustness.runs``.
-    open_breakers : pandas.DataFrame
-        Breakers that were not closed at the latest run: name, state, last_error, opened_at.
-    quarantine : pandas.DataFrame
-        Quarantined cells by feature_set and error_type, with their number.
     missing : pandas.DataFrame
         Cells that are not there by feature_set and reason, with their number, most first.
     """
@@ -44,8 +40,6 @@ class Status:
     files: int
     gone: int
     runs: pd.DataFrame
-    open_breakers: pd.DataFrame
-    quarantine: pd.DataFrame
     missing: pd.DataFrame
 
 
@@ -98,16 +92,6 @@ def status(warehouse_path: Path, runs: int = 5) -> Status:
             gone=gone,
             runs=connection.execute(
                 "SELECT * FROM robustness.runs ORDER BY started_at DESC LIMIT ?", [runs]
-            ).df(),
-            open_breakers=connection.execute(
-                "SELECT name, coalesce('forced ' || forced, state) AS state, last_error, opened_at "
-                "FROM robustness.circuit_breakers "
-                "QUALIFY row_number() OVER (PARTITION BY name ORDER BY seen_at DESC) = 1 "
-                "AND (forced IS NOT NULL OR circuit_breakers.state <> 'CLOSED') ORDER BY name"
-            ).df(),
-            quarantine=connection.execute(
-                "SELECT feature_set, error_type, count(*) AS cells FROM robustness.quarantine "
-                "GROUP BY ALL ORDER BY ALL"
             ).df(),
             missing=connection.execute(
                 "SELECT feature_set, reason, count(*) AS cells FROM features.missing "

@@ -8,7 +8,7 @@ from duckdb import DuckDBPyConnection
 
 from audio_assets.warehouse.schema import ERRORS, FEATURE_STATS, RETRIES, TIMEOUTS, Table
 
-# What ran: put-off, quarantined and reused cells leave records of attempts that never ran.
+# What ran: cells put off, given up, quarantined or reused leave records of attempts that never ran.
 # `nth` counts a cell's attempts across the retries of its step, which number them afresh.
 _WORKING_TABLES = """
 CREATE OR REPLACE TEMP TABLE tried AS
@@ -56,7 +56,7 @@ FROM (
             run_id,
             count(DISTINCT file_key) AS files,
             count(*) FILTER (outcome = 'succeeded') AS done,
-            count(*) FILTER (outcome = 'failed') AS failed,
+            count(*) FILTER (outcome IN ('failed', 'given_up')) AS failed,
             count(*) FILTER (outcome IN ('deferred', 'skipped')) AS skipped,
             count(*) FILTER (outcome = 'reused') AS reused,
             count(*) FILTER (outcome = 'succeeded' AND stumbled) AS recovered

@@ -90,11 +90,11 @@ def arrow_schema(columns: tuple[Column, ...]) -> pa.Schema:
 
 
 COMMON_COLUMNS = (
-    Column("file_key", "VARCHAR", "The file: its path under the library root, escaped"),
+    Column("file_key", "VARCHAR", "The file: name of its root and path below it, escaped"),
     Column("content_hash", "VARCHAR", "Hash of the file's content when the row was computed"),
     Column("extractor", "VARCHAR", "Library that made the row"),
-    Column("computed_at", "TIMESTAMPTZ", "When the row was computed"),
-    Column("run_id", "VARCHAR", "Dagster run that computed the row"),
+    Column("computed_at", "TIMESTAMPTZ", "When the row was computed, or taken from a copy's"),
+    Column("run_id", "VARCHAR", "Dagster run that computed the row, or took it from a copy's"),
     Column("code_version", "VARCHAR", "Version of the feature set's code"),
 )
 """What every feature table carries before its own columns."""
@@ -104,7 +104,7 @@ FILES = Table(
     "files",
     "One row per file that is or was in the library",
     (
-        Column("file_key", "VARCHAR", "The file: its path under the library root, escaped"),
+        Column("file_key", "VARCHAR", "The file: name of its root and path below it, escaped"),
         Column("path", "VARCHAR", "Where the file was last seen"),
         Column("size", "BIGINT", "Size of the file", "bytes"),
         Column("mtime_ns", "BIGINT", "When the file was last modified, since the epoch", "ns"),
@@ -133,8 +133,9 @@ ATTEMPTS = Table(
         Column(
             "outcome",
             "VARCHAR",
-            "succeeded, failed, deferred (breaker open), skipped (quarantined) "
-            "or reused (unchanged since an earlier run)",
+            "succeeded, failed, deferred (it waits), given_up (it waited too long, or the file "
+            "with the same content failed), skipped (quarantined, or not to be read) or reused "
+            "(unchanged since an earlier run)",
         ),
         Column("error_type", "VARCHAR", "Classified error; NULL if none"),
         Column("severity", "VARCHAR", "low, medium, high or critical; NULL if no error"),
@@ -143,7 +144,7 @@ ATTEMPTS = Table(
         Column(
             "recovery_strategy",
             "VARCHAR",
-            "What was decided in answer to this failure; NULL if it did not fail",
+            "What was tried next in answer to this failure; NULL if there was none or nothing to",
         ),
         Column("recovered", "BOOLEAN", "Whether it succeeded after a failed attempt"),
         Column(

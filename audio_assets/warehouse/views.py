@@ -90,7 +90,8 @@ def missing_view(feature_sets: Sequence[FeatureSet]) -> str:
         SELECT
             file_key, feature_set,
             CASE
-                WHEN outcome IN ('failed', 'deferred', 'skipped') THEN coalesce(message, outcome)
+                WHEN outcome IN ('failed', 'given_up', 'deferred', 'skipped')
+                    THEN coalesce(message, outcome)
                 WHEN present.file_key IS NOT NULL THEN 'the file has changed since'
                 WHEN outcome IS NULL THEN 'never attempted'
                 ELSE 'its row is not in the landing'

@@ -11,8 +11,7 @@ import pytest
 
 from audio_assets.features.base import Column
 from audio_assets.warehouse.landing import CorruptPartError, Landing
-from audio_assets.warehouse.schema import warehouse_tables
-from tests.warehouse.rows import AWKWARD_KEYS, RHYTHM, SETS, feature_set, landing_of, mfcc, rhythm
+from tests.warehouse.rows import AWKWARD_KEYS, RHYTHM, feature_set, landing_of, mfcc, rhythm
 
 TABLE = "features/rhythm"
 
@@ -221,13 +220,37 @@ def test_what_killed_writers_left_is_cleared_once_it_is_old(tmp_path: Path) -> N
     assert keys(landing) == ["a"]
 
 
-def test_an_object_store_serves_as_well(tmp_path: Path) -> None:
-    landing = Landing(f"memory://{tmp_path.name}-{uuid.uuid4()}", warehouse_tables(SETS))
-    for number in range(20):
-        landing.append(TABLE, [rhythm(f"file {number:02}")])
+def test_what_lands_while_parts_are_compacted_stays(tmp_path: Path) -> None:
+    landing = landing_of(tmp_path)
+    for number in range(8):
+        landing.append(TABLE, [rhythm(f"file {number}")])
+    original = landing.parts
+
+    def parts(table: str) -> list[str]:
+        found = original(table)
+        landing.append(TABLE, [rhythm("late")])
+        return found
+
+    landing.parts = parts  # type: ignore[method-assign]
     assert landing.compact(TABLE)
-    assert len(landing.parts(TABLE)) < 20
-    assert keys(landing) == [f"file {number:02}" for number in range(20)]
+    landing.parts = original  # type: ignore[method-assign]
+    assert keys(landing) == [*(f"file {number}" for number in range(8)), "late"]
+
+
+def test_a_part_saved_twice_is_there_once(tmp_path: Path) -> None:
+    landing = landing_of(tmp_path)
+    part = landing.prepare(TABLE, [rhythm("a"), rhythm("b")])
+    landing.save(part)
+    landing.save(part)
+    assert landing.parts(TABLE) == [part.name]
+    assert keys(landing) == ["a", "b"]
+
+
+def test_rows_in_force_do_without_a_damaged_part(tmp_path: Path) -> None:
+    landing = landing_of(tmp_path)
+    names = [landing.append(TABLE, [rhythm(key)]) for key in ("a", "b")]
+    (tmp_path / "landing" / TABLE / names[0]).write_bytes(b"PAR1 and no more")
+    assert [row["file_key"] for row in landing.latest(TABLE)] == ["b"]
 
 
 def test_the_footer_of_a_merged_part_names_its_sources(tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import duckdb
 import pytest
 import sqlalchemy as sa
 
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
+from audio_assets.runs import record_ended_runs
 from audio_assets.warehouse import publisher as publisher_module
 from audio_assets.warehouse.publisher import Publisher, reading
 from audio_assets.warehouse.schema import ATTEMPTS, FILES, feature_table
@@ -391,6 +393,41 @@ def test_what_the_state_store_says_is_published_and_survives_a_rebuild(
     assert ask(tmp_path, "FROM robustness.quarantine") == []
 
 
+def test_end_of_a_run_that_could_not_be_landed_is_landed_later(tmp_path: Path) -> None:
+    @dg.op
+    def nothing() -> None: ...
+
+    landing, publisher = landing_of(tmp_path), publisher_of(tmp_path)
+    with dg.DagsterInstance.ephemeral() as instance:
+        job = dg.JobDefinition(graph_def=dg.GraphDefinition("empty", node_defs=[nothing]))
+        run_id = job.execute_in_process(instance=instance).run_id
+        attempts = [attempt("a", run_id=run_id), attempt("a", run_id="of another instance")]
+        landing.append(ATTEMPTS.landing_name, attempts)
+        publisher.publish()
+        for _ in range(2):
+            record_ended_runs(instance, tmp_path / "warehouse.duckdb", landing)
+            publisher.publish()
+    assert set(ask(tmp_path, "SELECT run_id, status FROM robustness.runs")) == {
+        (run_id, "success"),
+        ("of another instance", "unknown"),
+    }
+    assert len(landing.parts("robustness/runs")) == 1
+
+
+def test_breakers_of_a_run_stay_what_they_were_at_its_end(
+    tmp_path: Path, store: StateStore
+) -> None:
+    landing, publisher = landing_of(tmp_path), publisher_of(tmp_path, state_store=store)
+    landing.append(ATTEMPTS.landing_name, [attempt("a")])
+    landing.append("robustness/runs", [{"run_id": "run 1", "recorded_at": datetime.now(UTC)}])
+    publisher.publish()
+    with store.begin() as connection:
+        connection.execute(sa.update(state.circuit_breakers).values(state="CLOSED"))
+    (tmp_path / "warehouse.duckdb").unlink()
+    publisher.publish()
+    assert ask(tmp_path, "SELECT state FROM robustness.circuit_breakers") == [("OPEN",)]
+
+
 def test_statistics_agree_with_the_attempts_count_by_count(
     tmp_path: Path, store: StateStore
 ) -> None:
@@ -412,6 +449,8 @@ def test_statistics_agree_with_the_attempts_count_by_count(
                 duration_s=2.0, recovery_strategy="skip_file", attempt=2,
             ),
             attempt("waiting", outcome="deferred", at=5, duration_s=None, timeout_s=None),
+            attempt("waited", outcome="deferred", at=5, duration_s=None, timeout_s=None),
+            attempt("waited", outcome="given_up", at=6, duration_s=None, timeout_s=None),
             attempt("barred", outcome="skipped", at=5, duration_s=None, timeout_s=None),
             attempt("known", outcome="reused", at=5, duration_s=None, timeout_s=None),
         ],
@@ -439,7 +478,7 @@ def test_statistics_agree_with_the_attempts_count_by_count(
         FROM robustness.runs ORDER BY run_id
         """,
     ) == [
-        ("failure", 6, 3, 1, 2, 1, 0.75, 2, 1, 17.0, 400.0, 10.0),
+        ("failure", 7, 3, 2, 2, 1, 0.6, 2, 1, 17.0, 400.0, 10.0),
         ("unknown", 1, 1, 0, 0, 0, 1.0, 0, 0, 0.0, 200.0, 20.0),
     ]
     assert ask(

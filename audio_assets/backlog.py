@@ -208,12 +208,17 @@ class Reach:
         What was found.
     roots : mapping of str to Path
         The roots that were scanned.
+    may_be_empty : bool
+        Take a root without any file to be empty, rather than not mounted.
     """
 
-    def __init__(self, scan: LibraryScan, roots: Mapping[str, Path]) -> None:
+    def __init__(
+        self, scan: LibraryScan, roots: Mapping[str, Path], *, may_be_empty: bool = False
+    ) -> None:
         found = {entry.file_key.partition("/")[0] for entry in scan.files}
         readable = {name: path for name, path in roots.items() if name not in scan.unreachable}
-        self.empty = [name for name in readable if encoded_root(name) not in found]
+        unfound = [name for name in readable if encoded_root(name) not in found]
+        self.empty = [] if may_be_empty else unfound
         self._roots = {name: p.resolve() for name, p in readable.items() if name not in self.empty}
         self._unread = scan.unread
 

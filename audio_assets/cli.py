@@ -3,7 +3,8 @@
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -44,6 +45,21 @@ class UserError(typer.Exit):
         super().__init__(2)
 
 
+def main() -> None:
+    """Run the command line; what its surroundings fail of is told in a line."""
+    from robustness.error_classifier import ErrorType, get_error_classifier
+
+    try:
+        app()
+    except Exception as error:
+        info = get_error_classifier().classify(error)
+        if info.error_type is ErrorType.UNKNOWN:
+            raise  # a defect: the traceback is what to report
+        console.print(f"[red]{escape(info.reason)}[/red]", highlight=False)
+        console.print("`audio-assets doctor` says what to do.")
+        sys.exit(1)
+
+
 @app.callback()
 def _prepare(context: typer.Context) -> None:
     """Give Dagster a home before anything of it is imported."""
@@ -69,7 +85,7 @@ def analyze(
         str | None,
         typer.Argument(
             help="Directory of the library (or NAME=DIRECTORY, several separated by ':'). "
-            "Without it AUDIO_LIBRARY, and without that a sample library made for the purpose.",
+            "Without it those known already, and where there is none, a sample library.",
             show_default=False,
         ),
     ] = None,
@@ -81,17 +97,18 @@ def analyze(
     from audio_assets.analysis import run_batches
     from audio_assets.backlog import find_backlog
     from audio_assets.discovery import register
+    from audio_assets.roots import library_roots
     from audio_assets.run_requests import materialized_files
     from audio_assets.sample_library import make_sample_library
     from audio_assets.settings import get_settings
     from audio_assets.warehouse import open_landing, publish
 
     settings = get_settings()
-    if library is None and settings.audio_library is None:
-        directory = settings.dagster_home / "sample_library"
+    sample = settings.dagster_home / "sample_library"
+    if library is None and all(root == sample.resolve() for root in library_roots().values()):
         with console.status("making a sample library"):
-            make_sample_library(directory)
-        library = str(directory)
+            make_sample_library(sample)
+        library = str(sample)
     roots, scan = _scan(library)
     landing = open_landing()
     with _open_instance() as instance:
@@ -137,13 +154,18 @@ def forget_command(
     name: Annotated[str, typer.Argument(help="Name of the directory, as file keys begin.")],
 ) -> None:
     """Look no more for files in a directory given to analyze or scan; its results stay."""
-    from audio_assets.roots import forget_root
+    from audio_assets.discovery import forget, is_busy
+    from audio_assets.warehouse import open_landing, publish
 
-    try:
-        forget_root(name)
-    except ValueError as error:
-        raise UserError(str(error)) from None
-    console.print(f"{name} is forgotten.")
+    with _open_instance() as instance:
+        if is_busy(instance):
+            raise UserError("Runs are under way that may need its files: try again after them.")
+        try:
+            forgotten = forget(instance, name, open_landing())
+        except ValueError as error:
+            raise UserError(str(error)) from None
+    publish()
+    console.print(f"{name} is forgotten, with {forgotten.removed} partitions; its results stay.")
 
 
 @app.command("publish")
@@ -161,28 +183,40 @@ def status_command() -> None:
     """Show the latest runs, open breakers, quarantine and what is missing."""
     from audio_assets.settings import get_settings
     from audio_assets.warehouse.queries import QueryError, status
+    from robustness.circuit_breaker import all_circuit_breakers
+    from robustness.quarantine import Quarantine
 
     try:
         now = status(get_settings().warehouse)
     except QueryError as error:
         raise UserError(str(error)) from None
+    # What the state store holds is shown as it is now, not as it was published.
+    breakers = [
+        breaker
+        for breaker in all_circuit_breakers().values()
+        if breaker.get_state() != "CLOSED" or breaker.get_stats()["forced"]
+    ]
     console.print(
         f"Version {now.version} of {now.published_at:%Y-%m-%d %H:%M}: "
         f"{now.files} files, {now.gone} gone",
         highlight=False,
     )
-    cells = ["cells_done", "cells_reused", "cells_failed", "cells_skipped"]
-    runs = now.runs[["started_at", "status", "files", *cells, "success_rate", "retries"]]
+    counts = ["cells_done", "cells_reused", "cells_failed", "cells_skipped"]
+    runs = now.runs[["started_at", "status", "files", *counts, "success_rate", "retries"]]
     runs = runs.assign(started_at=runs["started_at"].dt.strftime("%Y-%m-%d %H:%M"))
     runs = runs.rename(columns=lambda name: name.removeprefix("cells_").removesuffix("_at"))
-    for title, frame in (
-        ("Latest runs", runs),
-        ("Open breakers", now.open_breakers),
-        ("Quarantine", now.quarantine),
-        ("Missing", now.missing),
+    quarantined = Table("feature_set", "error_type", "cells", title="Quarantine")
+    cells = Counter((cell.feature_set, cell.error_type) for cell in Quarantine().list())
+    for (feature_set, error_type), number in sorted(cells.items()):
+        quarantined.add_row(feature_set, error_type, str(number))
+    for table in (
+        _frame_table(runs, "Latest runs"),
+        _breakers_table(breakers, "Breakers open, or set by hand"),
+        quarantined,
+        _frame_table(now.missing, "Missing"),
     ):
-        if len(frame):
-            console.print(_frame_table(frame, title))
+        if table.row_count:
+            console.print(table)
 
 
 quarantine_app = typer.Typer(help="Cells that failed by their files' own fault.")
@@ -228,18 +262,23 @@ def breakers_list() -> None:
     """Show every breaker's state."""
     from robustness.circuit_breaker import all_circuit_breakers
 
-    table = Table("breaker", "state", "by hand", "failures", "successes", "last error")
-    for name, breaker in sorted(all_circuit_breakers().items()):
+    console.print(_breakers_table(all_circuit_breakers().values()))
+
+
+def _breakers_table(breakers: Iterable["CircuitBreaker"], title: str | None = None) -> Table:
+    columns = ("breaker", "state", "by hand", "failures", "successes", "last error")
+    table = Table(*columns, title=title)
+    for breaker in breakers:
         stats = breaker.get_stats()
         table.add_row(
-            name,
+            breaker.name,
             stats["state"],
             stats["forced"] or "",
             str(stats["failure_count"]),
             str(stats["success_count"]),
             escape(stats["last_error"] or ""),
         )
-    console.print(table)
+    return table
 
 
 @breakers_app.command("reset")

@@ -2,8 +2,10 @@
 
 import json
 import logging
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -16,7 +18,7 @@ from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 from audio_assets.assets import PARTITIONS
 from audio_assets.backlog import Reach, batches, update_inventory
 from audio_assets.library import FileEntry, Library, LibraryScan
-from audio_assets.roots import library_roots
+from audio_assets.roots import forget_root, library_roots
 from audio_assets.run_requests import ALL_FEATURES, UNFINISHED, batch_request, files_under_way
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing
@@ -28,6 +30,10 @@ INTERVAL_S = 60
 
 SETTLING_S = 10.0
 """A file that was modified less than this ago may still be on its way into the library (s)."""
+
+SCAN_S = 40.0
+STILL_SCANNING_S = 2.0
+"""How long a look waits for a scan that it began, and for one begun by an earlier look (s)."""
 
 UNFINISHED_RUNS = 10
 """Runs requested by the sensor that may be queued or running at a time.
@@ -76,6 +82,8 @@ def register(
     roots: Mapping[str, Path],
     landing: Landing,
     files: Sequence[FileEntry] | None = None,
+    *,
+    may_be_empty: bool = False,
 ) -> Registration:
     """Give each file a partition, mark files that are gone, and remove their partitions.
 
@@ -94,10 +102,12 @@ def register(
         Where the inventory is.
     files : sequence of FileEntry, optional
         Those of the files that get partitions; all by default.
+    may_be_empty : bool
+        Take a root without any file to be empty, rather than not mounted.
     """
     there = {entry.file_key for entry in scan.files}
     ready = there if files is None else {entry.file_key for entry in files}
-    reach = Reach(scan, roots)
+    reach = Reach(scan, roots, may_be_empty=may_be_empty)
     changes = update_inventory(scan, reach, landing)
     known = instance.get_dynamic_partitions(PARTITIONS)
     added = sorted(ready.difference(known))
@@ -115,6 +125,27 @@ def register(
         new_or_changed={k: v for k, v in changes.new_or_changed.items() if k in ready},
         partition_keys=[*(key for key in known if key not in removed), *added],
     )
+
+
+def forget(instance: dg.DagsterInstance, root_name: str, landing: Landing) -> Registration:
+    """Take a directory out of the library: all of its files are gone; what is known of them stays.
+
+    Parameters
+    ----------
+    instance : DagsterInstance
+        Where the partitions are; no run or backfill should be under way.
+    root_name : str
+        The directory's name.
+    landing : Landing
+        Where the inventory is.
+
+    Raises
+    ------
+    ValueError
+        If no directory is remembered by that name.
+    """
+    root = forget_root(root_name)
+    return register(instance, LibraryScan(), {root_name: root}, landing, may_be_empty=True)
 
 
 def add_partitions(instance: dg.DagsterInstance, file_keys: Sequence[str]) -> None:
@@ -147,18 +178,56 @@ def look(log: logging.Logger) -> tuple[dict[str, Path], LibraryScan, list[str]]:
     Raises
     ------
     ValueError
-        If no library is known, or the settings name an impossible one.
+        If no library is known, the settings name an impossible one, or a scan takes long.
     """
     roots = library_roots()
     if not roots:
         raise ValueError(
             "no library is known: set AUDIO_LIBRARY, or run `audio-assets scan DIRECTORY`"
         )
-    scan = Library(roots).scan(only_reachable=True)
+    scan = _scan_beside(roots)
     remarks = unusual(scan, roots)
     for remark in remarks:
         log.warning(remark)
     return roots, scan, remarks
+
+
+def _scan_beside(roots: dict[str, Path]) -> LibraryScan:
+    """Scan in a thread of its own: a share that does not answer holds a reader for ever.
+
+    What takes longer than `SCAN_S` goes on, and a later look has its result.
+
+    Raises
+    ------
+    ValueError
+        If there is no result yet.
+    """
+    scan, wait = _scans.get(str(roots)), STILL_SCANNING_S
+    if scan is None:
+        scan, wait = Future(), SCAN_S
+        _scans[str(roots)] = scan
+        threading.Thread(target=_scan_into, args=(scan, roots), name="scan", daemon=True).start()
+    try:
+        found = scan.result(wait)
+    except TimeoutError:
+        where = ", ".join(map(str, roots.values()))
+        raise ValueError(
+            f"still looking for files in {where}: it is slow, or does not answer"
+        ) from None
+    finally:
+        if scan.done():
+            _scans.pop(str(roots), None)
+    return found
+
+
+_scans: dict[str, "Future[LibraryScan]"] = {}
+
+
+def _scan_into(scan: "Future[LibraryScan]", roots: dict[str, Path]) -> None:
+    try:
+        scan.set_result(Library(roots).scan(only_reachable=True))
+    except Exception as error:  # noqa: BLE001 - it is raised where the result is asked for
+        scan.set_exception(error)
 
 
 def settled_files(scan: LibraryScan) -> list[FileEntry]:

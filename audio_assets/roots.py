@@ -58,19 +58,23 @@ def remember_roots(roots: Mapping[str, Path]) -> None:
     _write(_remembered() | dict(roots))
 
 
-def forget_root(name: str) -> None:
-    """Take a directory that was remembered from the roots.
+def forget_root(name: str) -> Path:
+    """Take a directory that was remembered from the roots, and return it.
 
     Raises
     ------
     ValueError
-        If none is remembered by that name.
+        If none is remembered by that name, or ``AUDIO_LIBRARY`` names it as well.
     """
     roots = _remembered()
+    configured = get_settings().audio_library
+    if configured and name in parse_roots(configured):
+        raise ValueError(f"AUDIO_LIBRARY names {name!r}: take it out there first")
     if name not in roots:
         known = f"there are {', '.join(sorted(roots))}" if roots else "there is none"
         raise ValueError(f"no directory is remembered as {name!r}; {known}")
     _write({other: root for other, root in roots.items() if other != name})
+    return roots[name]
 
 
 def _write(roots: Mapping[str, Path]) -> None:

@@ -36,7 +36,7 @@ class AudioAssetsSettings(BaseSettings):
         None,
         alias="AUDIO_LIBRARY",
         description="Root directories of the library, separated by `:`, each a path or "
-        "`name=path`; besides those given to `audio-assets analyze` so far",
+        "`name=path`; besides those given to `audio-assets analyze` and `scan` so far",
     )
     audio_warehouse: Path | None = Field(
         None,
@@ -60,7 +60,7 @@ class AudioAssetsSettings(BaseSettings):
         description="Decoded audio that one run keeps for its later feature sets (MiB)",
     )
     batch_size: PositiveInt = Field(
-        50, alias="AUDIO_ASSETS_BATCH_SIZE", description="Files per run of a backfill"
+        50, alias="AUDIO_ASSETS_BATCH_SIZE", description="Files per run"
     )
     timezone: str = Field(
         "UTC",

@@ -1,7 +1,9 @@
 """The sensor that keeps Dagster in step with the library's directories."""
 
+import logging
 import os
 import shutil
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +19,7 @@ from audio_assets.backlog import batches, find_backlog, inventory_row
 from audio_assets.definitions import defs
 from audio_assets.discovery import SENSOR, discover_files, register
 from audio_assets.features import FEATURE_SETS
-from audio_assets.library import Library, content_hash
+from audio_assets.library import Library, LibraryScan, content_hash
 from audio_assets.resources import extraction_resource
 from audio_assets.run_requests import materialized_files
 from audio_assets.settings import get_settings
@@ -484,3 +486,27 @@ def statuses(instance: dg.DagsterInstance) -> dict[str, set[str]]:
         for file_key, status in by_file.items():
             found[file_key].add(status.value if status else "MISSING")
     return found
+
+
+def test_directory_that_does_not_answer_keeps_one_thread(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = threading.Event()
+    scan = Library.scan
+
+    def scan_when_it_answers(library: Library, *, only_reachable: bool) -> LibraryScan:
+        answers.wait()
+        return scan(library, only_reachable=only_reachable)
+
+    monkeypatch.setattr(Library, "scan", scan_when_it_answers)
+    monkeypatch.setattr(discovery, "SCAN_S", 0.1)
+    monkeypatch.setattr(discovery, "STILL_SCANNING_S", 0.1)
+    log = logging.getLogger("test")
+    for _ in range(3):
+        with pytest.raises(ValueError, match=f"still looking for files in {root}"):
+            discovery.look(log)
+    assert [thread.name for thread in threading.enumerate()].count("scan") == 1
+    answers.set()
+    monkeypatch.setattr(discovery, "STILL_SCANNING_S", 60.0)
+    _, found, _ = discovery.look(log)
+    assert found.files == []

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -30,9 +30,13 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 @dataclass(frozen=True)
 class Home:
-    """A Dagster home with nothing in it, and the command line working on it."""
+    """A Dagster home with nothing in it, and the command line working on it.
+
+    `variables` are set in the environment of what works on it.
+    """
 
     path: Path
+    variables: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def warehouse(self) -> Path:
@@ -44,7 +48,7 @@ class Home:
             for name, value in os.environ.items()
             if not name.startswith(("AUDIO_", "ROBUSTNESS_", "DAGSTER_"))
         }
-        return kept | {"DAGSTER_HOME": str(self.path)} | dict(extra or {})
+        return kept | {"DAGSTER_HOME": str(self.path)} | {**self.variables, **(extra or {})}
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         """Start the command line."""

@@ -1,0 +1,110 @@
+"""The landing in an object store: S3's protocol over HTTP, spoken by s3fs."""
+
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import duckdb
+import pytest
+import s3fs
+from moto.server import ThreadedMotoServer
+
+from audio_assets.features import FEATURE_SETS
+from audio_assets.warehouse.landing import Landing
+from audio_assets.warehouse.schema import warehouse_tables
+from tests.conftest import Home, write_tone
+
+TABLE = "features/rhythm"
+
+
+class ObjectStore:
+    """A store in this process that can go away and come back; what it holds stays."""
+
+    def __init__(self) -> None:
+        bucket = f"library-{uuid.uuid4()}"  # what a server holds, the next one in the process has
+        self.landing = f"s3://{bucket}/landing"
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        self._server.start()
+        _, self.port = self._server.get_host_and_port()
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.port}",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "test",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }
+
+    def go_away(self) -> None:
+        self._server.stop()
+
+    def come_back(self) -> None:
+        self._server = ThreadedMotoServer(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self._server.start()
+
+
+@pytest.fixture
+def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    store = ObjectStore()
+    for name, value in store.environment.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem().mkdir(store.landing.removesuffix("/landing"))
+    yield store
+    store.go_away()
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def missing(home: Home) -> list[tuple[str, ...]]:
+    with duckdb.connect(str(home.warehouse), read_only=True) as connection:
+        return connection.execute("FROM features.missing").fetchall()
+
+
+def test_parts_are_read_and_compacted(store: ObjectStore) -> None:
+    landing = Landing(store.landing, warehouse_tables(FEATURE_SETS.values()))
+    assert landing.read(TABLE).num_rows == 0
+    for number in range(20):
+        landing.append(TABLE, [{"file_key": f"file {number:02}", "bpm": 120.0}])
+    assert landing.compact(TABLE)
+    assert len(landing.parts(TABLE)) < 20
+    assert sorted(landing.read(TABLE, ["file_key"])["file_key"].to_pylist()) == [
+        f"file {number:02}" for number in range(20)
+    ]
+    assert len(landing.latest(TABLE)) == 20
+
+
+def test_a_library_is_analysed_while_the_store_goes_away(
+    store: ObjectStore, home: Home, tmp_path: Path
+) -> None:
+    home = replace(home, variables={"AUDIO_LANDING": store.landing})
+    library = tmp_path / "music"
+    library.mkdir()
+    for number in range(6):
+        write_tone(library / f"{number}.wav", 200 + 50 * number, seconds=10)
+    run = home.start("analyze", str(library))
+    while not s3fs.S3FileSystem().exists(f"{store.landing}/features/metadata"):
+        assert run.poll() is None
+        time.sleep(0.2)
+    store.go_away()
+    time.sleep(12)
+    store.come_back()
+    output, errors = run.communicate()
+    assert run.returncode == 0, output + errors
+    assert missing(home) == []
+    done = home.cli("analyze", str(library))
+    assert "Nothing to compute" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_store_that_is_away_is_named(store: ObjectStore, home: Home, tmp_path: Path) -> None:
+    home = replace(home, variables={"AUDIO_LANDING": store.landing})
+    write_tone(tmp_path / "a.wav", 440)
+    store.go_away()
+    done: subprocess.CompletedProcess[str] = home.cli("analyze", str(tmp_path))
+    store.come_back()
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "127.0.0.1" in done.stdout

@@ -1,5 +1,5 @@
--- Tracks much louder or softer than the library: more than three times the median deviation from
--- the median loudness (the robust counterpart of three standard deviations), or clipping.
+-- Tracks much louder or softer than the library, or clipping: from the median loudness by more
+-- than three times the median absolute deviation, scaled to match a standard deviation (1.4826).
 WITH library AS (
     SELECT median(integrated_lufs) AS usual_lufs, mad(integrated_lufs) * 1.4826 AS spread_lu
     FROM features.loudness

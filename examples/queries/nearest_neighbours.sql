@@ -1,5 +1,6 @@
--- The five tracks that sound most alike to each track, by the cosine distance of their MusiCNN
--- embeddings (0: same direction, 2: opposite). For one track only, filter a.file_key.
+-- The five tracks that sound most alike to each of the first hundred tracks, by the cosine distance
+-- of their MusiCNN embeddings (0: same direction, 2: opposite). For a track of your choice, put
+-- WHERE file_key = '...' in place of ORDER BY and LIMIT.
 SELECT
     a.file_key,
     b.file_key AS neighbour,

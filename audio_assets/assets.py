@@ -149,7 +149,6 @@ def _patience(run: Extraction, feature_set: str) -> Iterator[None]:
         raise dg.Failure(
             description=f"Given up after {waited:.0f} s of retries: {error}", allow_retries=False
         ) from error
-    run.failing_since.pop(feature_set, None)
 
 
 class CellsDeferredError(Exception):

@@ -231,6 +231,7 @@ class _Batch:
         for outcome in self._bring_to_an_end(todo, shares=shares):
             yield outcome
             # It is told now; otherwise the step's next retry would have to.
+            self._run.failing_since.pop(self._feature_set.name, None)
             if outcome.status is not CellStatus.DEFERRED:
                 self._settled.add(outcome.file_key)
             if outcome.status is CellStatus.FAILED:

@@ -161,6 +161,10 @@ def _main_parts(project: Mapping[str, Any]) -> list[tuple[str, float]]:
     return sorted(known.items(), key=lambda item: -item[1])
 
 
+_ONCE = ("start-up", "Dagster and the rest of a run", "anything else")
+"""Parts whose time is mostly spent once."""
+
+
 def orchestration_section(results: Mapping[str, Any]) -> str:
     """Return the section on the cost per file."""
     rows = [
@@ -172,21 +176,24 @@ def orchestration_section(results: Mapping[str, Any]) -> str:
         )
         for run in results["runs"]
     ]
-    run = results["runs"][-1]
+    runs = results["runs"]
+    parts = [name for name, _ in _main_parts(runs[-1]) if name not in _ONCE]
+    by_part = {
+        name: [run["main_parts_cpu_s"].get(name, 0.0) / run["files"] * 1000 for run in runs]
+        for name in parts
+    }
+    by_part["all of these"] = [sum(column) for column in zip(*by_part.values(), strict=True)]
     return "\n\n".join(
         [
             "## Cost of a file that costs nothing",
-            f"Feature sets that return at once ({run['feature_sets']} of them), so that only the "
-            f"project's own work counts, less start and first batch. {about(results)}",
+            f"Feature sets that return at once ({runs[-1]['feature_sets']} of them), so that only "
+            f"the project's own work counts, less start and first batch. {about(results)}",
             table(("files", "wall time per file", "CPU per file", "whole run"), rows),
             "![Cost per file](images/benchmark-orchestration.svg)",
-            f"Where the main process's CPU time goes at {run['files']:,} files:",
+            "Where the main process's CPU time goes, but for its start, per file:",
             table(
-                ("", "CPU", "calls"),
-                [
-                    (n, figure(s, " s", 2), run["main_parts_calls"].get(n, ""))
-                    for n, s in _main_parts(run)
-                ],
+                ("", *(f"{run['files']:,} files" for run in runs)),
+                [(name, *(figure(ms, " ms", 2) for ms in row)) for name, row in by_part.items()],
             ),
         ]
     )

@@ -226,9 +226,8 @@ class _Batch:
 
     def run(self, file_keys: Sequence[str], others: Collection[str]) -> Iterator[CellOutcome]:
         """Bring what is not settled yet to an end; see `Extraction.run`."""
-        todo = [key for key in file_keys if key not in self._settled]
         shares = not all(map(self._run.is_over, others))
-        for outcome in self._bring_to_an_end(todo, shares=shares):
+        for outcome in self._bring_to_an_end(file_keys, shares=shares):
             yield outcome
             # It is told now; otherwise the step's next retry would have to.
             self._run.failing_since.pop(self._feature_set.name, None)

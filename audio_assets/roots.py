@@ -16,8 +16,7 @@ def library_roots() -> dict[str, Path]:
     ValueError
         If ``AUDIO_LIBRARY`` cannot be understood.
     """
-    configured = get_settings().audio_library
-    return _remembered() | (parse_roots(configured) if configured else {})
+    return _remembered() | _configured()
 
 
 def name_roots(library: str) -> dict[str, Path]:
@@ -67,8 +66,7 @@ def forget_root(name: str) -> Path:
         If none is remembered by that name, or ``AUDIO_LIBRARY`` names it as well.
     """
     roots = _remembered()
-    configured = get_settings().audio_library
-    if configured and name in parse_roots(configured):
+    if name in _configured():
         raise ValueError(f"AUDIO_LIBRARY names {name!r}: take it out there first")
     if name not in roots:
         known = f"there are {', '.join(sorted(roots))}" if roots else "there is none"
@@ -82,6 +80,11 @@ def _write(roots: Mapping[str, Path]) -> None:
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps({name: str(r) for name, r in roots.items()}, indent=2), "utf-8")
     partial.replace(path)
+
+
+def _configured() -> dict[str, Path]:
+    configured = get_settings().audio_library
+    return parse_roots(configured) if configured else {}
 
 
 def _remembered() -> dict[str, Path]:

@@ -47,11 +47,11 @@ class UserError(typer.Exit):
 
 def main() -> None:
     """Run the command line; what its surroundings fail of is told in a line."""
-    from robustness.error_classifier import ErrorType, get_error_classifier
-
     try:
         app()
     except Exception as error:
+        from robustness.error_classifier import ErrorType, get_error_classifier
+
         info = get_error_classifier().classify(error)
         if info.error_type is ErrorType.UNKNOWN:
             raise  # a defect: the traceback is what to report

@@ -61,8 +61,9 @@ def publish_while_running(context: dg.SensorEvaluationContext) -> dg.SkipReason:
 
     Dagster offers a run's end once: where it could not be landed then, it is landed here.
     """
+    published = _told(publish())  # first, as it makes a damaged database anew
     record_ended_runs(context.instance, get_settings().warehouse, open_landing())
-    return dg.SkipReason(_told(publish()))
+    return dg.SkipReason(published)
 
 
 publishing_sensors = [

@@ -459,9 +459,9 @@ class WorkerPool:
                     worker = self._run(task, worker)
                 except Exception as error:
                     logger.exception("the worker pool failed a task by a defect of its own")
-                    if worker is not None:
+                    if worker is not None and worker in self._workers:
                         self._discard(worker)
-                        worker = None
+                    worker = None
                     if not task.future.done():
                         self._fail(task, error)
             if worker is not None:

@@ -2,14 +2,12 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 
 import dagster as dg
 
-from audio_assets.backlog import release_files
-from audio_assets.cells import CellOutcome, CellStatus
 from audio_assets.events import failure, materialization, observation
-from audio_assets.extraction import Extraction
+from audio_assets.extraction.cells import CellOutcome, CellStatus
+from audio_assets.extraction.engine import Engine
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
 from audio_assets.resources import ExtractionResource
@@ -17,6 +15,7 @@ from audio_assets.settings import get_settings
 from audio_assets.warehouse.schema import feature_table
 from robustness.dagster import SmartRetryPolicy
 from robustness.settings import get_settings as get_robustness_settings
+from robustness.smart_retry import DeferredError
 
 PARTITIONS = "audio_files"
 
@@ -34,6 +33,9 @@ POOL = "audio_extraction"
 
 MAX_RETRIES = 1000
 """A backstop: how long cells are waited for is bounded by ROBUSTNESS_RETRY_TOTAL_SECONDS."""
+
+LONGEST_SLEEP_S = 2.0
+"""How long Dagster sleeps before it retries a step (s): it is deaf to a termination meanwhile."""
 
 PROGRESS_S = 10.0
 
@@ -60,11 +62,16 @@ def column_schema(columns: Sequence[Column]) -> dg.TableSchema:
 def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
     """Make the asset and op of one feature set.
 
-    The op tells Dagster of each cell as soon as its row is durable, and raises at the end if any
-    cell failed, so that a batch with one bad file shows one failed partition.
+    The ops of a run share one engine: whichever is at work drives it and reports each cell of any
+    feature set as soon as its row is durable. An op ends when its own cells are over. It raises if
+    one of them failed, so that a batch with one bad file shows one failed partition, and asks to
+    be retried while all that are left must wait.
     """
     key = asset_key(feature_set.name)
     settings = get_settings()
+    policy = SmartRetryPolicy(
+        max_retries=MAX_RETRIES, operation=feature_set.name, longest_sleep=LONGEST_SLEEP_S
+    )
 
     @dg.multi_asset(
         name=feature_set.name,
@@ -87,113 +94,80 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
         ],
         pool=POOL,
         backfill_policy=dg.BackfillPolicy.multi_run(settings.batch_size),
-        retry_policy=SmartRetryPolicy(max_retries=MAX_RETRIES, operation=feature_set.name),
+        retry_policy=policy,
     )
     def extract(
         context: dg.AssetExecutionContext, extraction: ExtractionResource
     ) -> Iterator[None]:
-        file_keys = context.partition_keys
-        run = extraction.extraction
-        force = context.run.tags.get(FORCE_TAG, "").lower() == "true"
-        progress = _Progress(context.log, len(file_keys))
-        deferred: list[CellOutcome] = []
-        others = {
-            other.path[-1]
-            for other in context.job_def.asset_layer.selected_asset_keys
-            if other.path[0] == key.path[0] and other != key
-        }
-        with _patience(run, feature_set.name):
-            if context.run.tags.get(RETRY_QUARANTINED_TAG) == "true":
-                _release_once(run, feature_set.name, file_keys)
-            for outcome in run.run(feature_set, file_keys, others=others, force=force):
-                match outcome.status:
-                    case CellStatus.FAILED:
-                        context.log_event(observation(key, outcome))
-                    case CellStatus.DEFERRED:
-                        deferred.append(outcome)
-                    case _:
-                        context.log_event(materialization(key, feature_set, outcome))
-                progress.advance(outcome)
-        if deferred:
-            raise CellsDeferredError(deferred)
-        if failed := run.failed(feature_set):
+        engine, file_keys = extraction.engine, context.partition_keys
+        progress = _Progress(context.log, engine)
+        try:
+            engine.begin(
+                _feature_sets_of(context),
+                file_keys,
+                force=context.run.tags.get(FORCE_TAG, "").lower() == "true",
+                release=context.run.tags.get(RETRY_QUARANTINED_TAG) == "true",
+            )
+            for outcome in engine.drive(feature_set.name, hold_s=policy.time_left):
+                context.log_event(_event(outcome))
+                progress.show()
+        except DeferredError:
+            raise
+        except Exception as error:
+            waited = engine.failing_for(feature_set.name)
+            if waited < get_robustness_settings().retry_total_seconds:
+                raise
+            raise dg.Failure(
+                description=f"Given up after {waited:.0f} s of retries: {error}",
+                allow_retries=False,
+            ) from error
+        if failed := engine.failed(feature_set.name):
             raise failure(failed, len(file_keys))
         yield from ()
 
     return extract
 
 
-def _release_once(run: Extraction, feature_set: str, file_keys: Sequence[str]) -> None:
-    """Let the cells out of quarantine, but not again what a retried step has put there."""
-    if feature_set not in run.released:
-        release_files(file_keys, feature_set, run.landing)
-        run.released.add(feature_set)
+def _feature_sets_of(context: dg.AssetExecutionContext) -> list[FeatureSet]:
+    """Return the feature sets of the steps that this run executes."""
+    selected = context.job_def.asset_layer.selected_asset_keys
+    steps = context.run.step_keys_to_execute
+    return [
+        feature_set
+        for name, feature_set in FEATURE_SETS.items()
+        if asset_key(name) in selected and (steps is None or name in steps)
+    ]
 
 
-@contextmanager
-def _patience(run: Extraction, feature_set: str) -> Iterator[None]:
-    """Fail a step for good if its retries have got nowhere for too long.
-
-    Raises
-    ------
-    dagster.Failure
-        If the step has failed as a whole since ROBUSTNESS_RETRY_TOTAL_SECONDS or more.
-    """
-    try:
-        yield
-    except Exception as error:
-        now = time.monotonic()
-        waited = now - run.failing_since.setdefault(feature_set, now)
-        if waited < get_robustness_settings().retry_total_seconds:
-            raise
-        raise dg.Failure(
-            description=f"Given up after {waited:.0f} s of retries: {error}", allow_retries=False
-        ) from error
-
-
-class CellsDeferredError(Exception):
-    """Some cells must wait; the step is retried for them when the wait is over.
-
-    `SmartRetryPolicy` waits `retry_after` seconds at least, since the error says so.
-
-    Parameters
-    ----------
-    deferred : sequence of CellOutcome
-        The cells.
-    """
-
-    error_type = "SYSTEM_RESOURCE"
-    severity = "LOW"
-
-    def __init__(self, deferred: Sequence[CellOutcome]) -> None:
-        self.retry_after = max(outcome.retry_after for outcome in deferred)
-        reason = next(
-            (outcome.error.message for outcome in deferred if outcome.error),
-            "workers are still at them, while other feature sets go on",
-        )
-        super().__init__(f"{len(deferred)} files wait {self.retry_after:.0f} s: {reason}")
+def _event(outcome: CellOutcome) -> dg.AssetMaterialization | dg.AssetObservation:
+    key = asset_key(outcome.feature_set)
+    if outcome.status is CellStatus.FAILED:
+        return observation(key, outcome)
+    return materialization(key, FEATURE_SETS[outcome.feature_set], outcome)
 
 
 class _Progress:
-    """Says in the step's log, now and then, how far the batch is."""
+    """Says in the step's log, now and then, how far the run is."""
 
-    def __init__(self, log: dg.DagsterLogManager, total: int) -> None:
-        self._log, self._total = log, total
-        self._done, self._audio_s = 0, 0.0
-        self._started = self._told = time.monotonic()
+    def __init__(self, log: dg.DagsterLogManager, engine: Engine) -> None:
+        self._log, self._engine = log, engine
+        self._before = engine.progress
+        self._started = self._shown = time.monotonic()
 
-    def advance(self, outcome: CellOutcome) -> None:
-        self._done += 1
-        self._audio_s += outcome.audio_s
+    def show(self) -> None:
         now = time.monotonic()
-        if now - self._told >= PROGRESS_S or self._done == self._total:
-            elapsed = now - self._started
-            left = elapsed / self._done * (self._total - self._done)
-            self._log.info(
-                f"{self._done} of {self._total} files, {self._audio_s / elapsed:.0f} s of audio "
-                f"per second, about {left:.0f} s left"
-            )
-            self._told = now
+        if now - self._shown < PROGRESS_S:
+            return
+        self._shown = now
+        done, elapsed = self._engine.progress, now - self._started
+        message = (
+            f"{done.files_over} of {done.files} files, {done.cells_over} of {done.cells} cells"
+        )
+        if computed := done.cells_computed - self._before.cells_computed:
+            speed = (done.audio_s - self._before.audio_s) / elapsed
+            left = elapsed / computed * (done.cells - done.cells_over)
+            message += f", {speed:.0f} s of audio per second, about {left:.0f} s left"
+        self._log.info(message)
 
 
 feature_assets = [build_feature_asset(feature_set) for feature_set in FEATURE_SETS.values()]

@@ -26,6 +26,7 @@ from mutagen.mp3 import MPEGInfo
 from numpy.typing import NDArray
 
 from audio_assets.errors import CorruptFileError, DecoderError, UnsupportedFormatError
+from audio_assets.library import FileStamp, open_regular
 
 SAMPLE_RATE = 44100
 """Sample rate (Hz) of all decoded audio."""
@@ -122,12 +123,21 @@ class Audio:
         What the file holds; None without PCM.
     pcm : ndarray of float32, shape (samples, channels), or None
         Samples at `SAMPLE_RATE` with 1 or 2 channels; full scale is ±1.
+    stamp : FileStamp, optional
+        What the file was when it was identified.
     """
 
-    def __init__(self, path: Path, source: SourceInfo | None, pcm: Samples | None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        source: SourceInfo | None,
+        pcm: Samples | None,
+        stamp: FileStamp | None = None,
+    ) -> None:
         self.path = path
         self.source = source
         self._pcm = pcm
+        self._stamp = stamp
         self._mono: dict[int, Samples] = {}
 
     @classmethod
@@ -145,9 +155,21 @@ class Audio:
         return cls(path, source, np.load(scratch_path, mmap_mode="r"))
 
     @classmethod
-    def without_pcm(cls, path: Path) -> "Audio":
+    def without_pcm(cls, path: Path, stamp: FileStamp | None = None) -> "Audio":
         """Stand for a file whose samples are not needed; `pcm` raises."""
-        return cls(path, None, None)
+        return cls(path, None, None, stamp)
+
+    def open_file(self) -> BinaryIO:
+        """Open the file itself for reading, if it is still the one that was identified.
+
+        Raises
+        ------
+        FileChangedError
+            If it is not.
+        OSError
+            If it cannot be read.
+        """
+        return open_regular(self.path, self._stamp)
 
     @property
     def pcm(self) -> Samples:
@@ -209,7 +231,9 @@ class Audio:
         return Audio(self.path, self.source, self.pcm[start:stop])
 
 
-def decode(path: Path, target: Path, *, decoder: DecoderName = "av") -> SourceInfo:
+def decode(
+    path: Path, target: Path, *, decoder: DecoderName = "av", stamp: FileStamp | None = None
+) -> SourceInfo:
     """Decode a file's audio to a NumPy array on disk, in bounded memory.
 
     The format is told by content; the file's name plays no part. Of several audio streams the one
@@ -229,6 +253,8 @@ def decode(path: Path, target: Path, *, decoder: DecoderName = "av") -> SourceIn
     decoder : {"av", "soundfile", "salvage"}
         FFmpeg (through PyAV), libsndfile, or FFmpeg from where an audio stream begins within the
         file: it passes over whatever was put before it.
+    stamp : FileStamp, optional
+        What the file must still be.
 
     Returns
     -------
@@ -243,11 +269,13 @@ def decode(path: Path, target: Path, *, decoder: DecoderName = "av") -> SourceIn
         If the decoder does not know the format, or there is no audio in the file.
     DecoderError
         If the decoder fails for another reason.
+    FileChangedError
+        If the file is another one than `stamp` says, or has changed.
     OSError
         If the file cannot be read or the target cannot be written.
     """
     open_stream = _open_with_soundfile if decoder == "soundfile" else _open_with_av
-    with open_nameless(path) as file, ExitStack() as stack:
+    with open_regular(path, stamp) as file, ExitStack() as stack:
         if decoder == "salvage":
             file = stack.enter_context(_from_first_stream(file, target))
         return _write(stack.enter_context(open_stream(file)), file, target, decoder)
@@ -284,15 +312,6 @@ def _start_of_stream(file: BinaryIO) -> int:
     if not starts:
         raise UnsupportedFormatError("holds no audio stream that any decoder knows")
     return min(starts)
-
-
-def open_nameless(path: Path) -> BinaryIO:
-    """Open a file for reading such that only its content can tell the format.
-
-    Libraries see a descriptor's number in place of a name: they would let the extension weigh
-    against the content, and file names need not be text.
-    """
-    return os.fdopen(os.open(path, os.O_RDONLY), "rb")
 
 
 @dataclass(frozen=True)

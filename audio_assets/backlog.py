@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+from audio_assets.extraction.worker import Identity
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Row
 from audio_assets.file_keys import FileKeyError, decode_key, encoded_root
 from audio_assets.library import FileEntry, LibraryScan
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import FILES, feature_table
-from audio_assets.worker import Identity
 from robustness.quarantine import Quarantine
 
 _PASSED_AT_MOST = 20

@@ -35,3 +35,15 @@ class DecoderError(AudioFileError):
     """A decoder failed on a file that may be sound: another decoder may read it."""
 
     error_type = "AUDIO_PROCESSING"
+
+
+class FileChangedError(Exception):
+    """The file is not the one any more, or not what it was, that was identified."""
+
+    error_type = "FILE_SYSTEM"
+
+    def __init__(self) -> None:
+        super().__init__("is being changed or replaced while it is analysed")
+
+    def __reduce__(self) -> tuple[type["FileChangedError"], tuple[()]]:
+        return type(self), ()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
-from audio_assets.cells import CellOutcome
+from audio_assets.extraction.cells import CellOutcome
 from audio_assets.features.base import FeatureSet, Row
 from audio_assets.pictures import markdown
 from robustness.error_classifier import ErrorInfo, ErrorType

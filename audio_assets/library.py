@@ -3,13 +3,14 @@
 import errno
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Self
 
 from blake3 import blake3
 
+from audio_assets.errors import FileChangedError
 from audio_assets.file_formats import AUDIO_EXTENSIONS, HEAD_BYTES, VIDEO_EXTENSIONS, holds_audio
 from audio_assets.file_keys import MAX_KEY_BYTES, FileKeyError, decode_key, encode_key
 
@@ -45,6 +46,34 @@ class FileEntry:
     mtime_ns: int
     device: int
     inode: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileStamp:
+    """What tells that a file is still the one it was, without reading it.
+
+    Parameters
+    ----------
+    device, inode : int
+        What identifies the file on this machine, whatever its name.
+    size : int
+        Size (bytes).
+    mtime_ns, ctime_ns : int
+        Times of the last change of its content and of its status (ns since the epoch).
+    """
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> Self:
+        """Return the stamp in what `os.stat` or `os.fstat` found."""
+        return cls(
+            status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -247,13 +276,19 @@ def parse_roots(text: str) -> dict[str, Path]:
     return roots
 
 
-def content_hash(path: Path) -> str:
-    """Return the BLAKE3 hash of a file's bytes.
+def content_hash(
+    file: BinaryIO, block_mib: int = 1, before_block: Callable[[], None] | None = None
+) -> str:
+    """Return the BLAKE3 hash of an open file's bytes.
 
     Parameters
     ----------
-    path : Path
-        A regular file; it is read in blocks.
+    file : file object
+        The file, from where it is to be hashed.
+    block_mib : int
+        What is read between two calls of `before_block` (MiB).
+    before_block : callable, optional
+        Called before each block is read.
 
     Returns
     -------
@@ -263,21 +298,50 @@ def content_hash(path: Path) -> str:
     Raises
     ------
     OSError
-        If the file cannot be read or is not a regular file.
+        If the file cannot be read.
     """
-    with _open_regular(path) as file:
-        hasher = blake3()
-        while block := file.read(_BLOCK_BYTES):
-            hasher.update(block)
-        return hasher.hexdigest()
+    hasher, number = blake3(), 0
+    while True:
+        if before_block and number % block_mib == 0:
+            before_block()
+        block = file.read(_BLOCK_BYTES)
+        if not block:
+            return hasher.hexdigest()
+        hasher.update(block)
+        number += 1
 
 
-def _open_regular(path: str | Path) -> BinaryIO:
-    """Open a regular file; unlike `open`, never wait for the other end of a pipe."""
+def open_regular(path: str | Path, stamp: FileStamp | None = None) -> BinaryIO:
+    """Open a regular file such that only its content can tell the format.
+
+    Libraries see a descriptor's number in place of a name: they would let the extension weigh
+    against the content, and file names need not be text. Unlike `open`, this never waits for the
+    other end of a pipe.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    stamp : FileStamp, optional
+        What the file must still be.
+
+    Raises
+    ------
+    OSError
+        If it cannot be opened or is not a regular file.
+    FileChangedError
+        If it is another one than `stamp` says, or has changed.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    try:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if stamp is not None and FileStamp.of(status) != stamp:
+            raise FileChangedError
+    except BaseException:
         os.close(descriptor)
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
+        raise
     return os.fdopen(descriptor, "rb")
 
 
@@ -403,7 +467,7 @@ def _extension(name: str) -> str:
 
 
 def _sniff(path: str) -> bool:
-    with _open_regular(path) as file:
+    with open_regular(path) as file:
         return holds_audio(file.read(HEAD_BYTES))
 
 

@@ -4,7 +4,7 @@ import librosa
 import onnxruntime
 import pandas  # pyarrow imports it when it converts its first row
 
-import audio_assets.worker
+import audio_assets.extraction.worker
 from audio_assets.features.essentia_library import essentia
 
 __all__ = ["audio_assets", "librosa", "onnxruntime", "pandas"]

@@ -9,11 +9,11 @@ from typing import Self
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
-from audio_assets.extraction import Extraction
+from audio_assets.extraction.engine import Engine
+from audio_assets.extraction.scratch import Scratch
 from audio_assets.features import FEATURE_SETS
 from audio_assets.library import Library
 from audio_assets.roots import library_roots
-from audio_assets.scratch import Scratch
 from audio_assets.settings import get_settings, usable_cores
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import warehouse_tables
@@ -28,15 +28,15 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
 
     landing: str = Field(description="Directory or fsspec URL of the Parquet parts")
     scratch: str = Field(description="Directory for decoded audio")
-    scratch_mib: int = Field(4096, description="Decoded audio kept for later feature sets (MiB)")
+    scratch_mib: int = Field(4096, description="Decoded audio kept for files that wait (MiB)")
     workers: int = Field(default_factory=usable_cores, description="Worker processes")
 
-    _extraction: Extraction = PrivateAttr()
+    _engine: Engine = PrivateAttr()
 
     @property
-    def extraction(self) -> Extraction:
-        """What the ops of the run share; there only while the run goes on."""
-        return self._extraction
+    def engine(self) -> Engine:
+        """The engine that the ops of the run share; there only while the run goes on."""
+        return self._engine
 
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Generator[Self]:
@@ -58,12 +58,11 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                 memory_high=0.9 if settings.memory_aware else None,
             ) as pool,
         ):
-            self._extraction = Extraction(
+            self._engine = Engine(
                 run_id=run_id,
                 library=Library(library_roots()),
                 landing=Landing(self.landing, warehouse_tables(FEATURE_SETS.values())),
                 pool=pool,
-                workers=self.workers,
                 scratch=scratch,
             )
             try:

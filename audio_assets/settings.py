@@ -57,7 +57,7 @@ class AudioAssetsSettings(BaseSettings):
     audio_scratch_mib: PositiveInt = Field(
         4096,
         alias="AUDIO_SCRATCH_MIB",
-        description="Decoded audio that one run keeps for its later feature sets (MiB)",
+        description="Decoded audio that one run keeps for files that wait (MiB)",
     )
     batch_size: PositiveInt = Field(
         50, alias="AUDIO_ASSETS_BATCH_SIZE", description="Files per run"

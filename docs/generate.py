@@ -11,10 +11,9 @@ from pathlib import Path
 from pydantic.fields import FieldInfo
 
 from audio_assets.assets import FORCE_TAG, RETRY_QUARANTINED_TAG
-from audio_assets.recovery import next_recovery
+from audio_assets.extraction.recovery import DECODE, EXTRACT, next_recovery
 from audio_assets.resources import ExtractionResource
 from audio_assets.settings import AudioAssetsSettings
-from audio_assets.worker import STAGES
 from robustness.adaptive_timeout import BASE_TIMEOUTS
 from robustness.built_in_rules import BUILT_IN_RULES
 from robustness.circuit_breaker import get_circuit_breaker
@@ -119,12 +118,12 @@ def errors() -> str:
                 usual.severity.value,
                 yes(usual.retryable),
                 yes(usual.systemic),
-                *(recoveries(error_type, stage) for stage in STAGES),
+                *(recoveries(error_type, stage) for stage in (DECODE, EXTRACT)),
                 "; ".join(rules),
             )
         )
     head = ("type", "severity", "retried", "breakers count it")
-    stages = (f"recoveries of a failed {stage}" for stage in STAGES)
+    stages = (f"recoveries of a failed {stage}" for stage in (DECODE, EXTRACT))
     return table((*head, *stages, "recognized by"), *rows)
 
 

@@ -56,6 +56,8 @@ Bools = npt.NDArray[np.bool_]
 
 BASE_TIMEOUTS: Mapping[str, float] = MappingProxyType(
     {
+        "hash": 30.0,
+        "duration": 5.0,
         "decode": 60.0,
         "rhythm": 120.0,
         "spectral": 90.0,

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Self
@@ -11,16 +12,20 @@ from dagster import DagsterLogManager, Failure, RetryPolicy
 from robustness.error_classifier import get_error_classifier
 from robustness.log_context import FIELDS, log_context
 from robustness.settings import get_settings
-from robustness.smart_retry import RetryStrategy, get_retry_manager, unchanged
+from robustness.smart_retry import DeferredError, RetryStrategy, get_retry_manager
 
 
 class SmartRetryPolicy(RetryPolicy):
     """A retry policy whose delays come from the smart retry manager.
 
-    Dagster asks it for the delay when a step raised, crashed or was interrupted. While an
-    exception is at hand it is classified: an open circuit breaker's time of recovery is waited
-    for, an error that is not retryable fails the step at once, and an interruption, for instance
-    by terminating the run, stays one.
+    Dagster asks it for the delay when a step raised, crashed or was interrupted. A
+    `robustness.smart_retry.DeferredError` says itself when to come back. Any other exception is
+    classified: an open circuit breaker's time of recovery is waited for, an error that is not
+    retryable fails the step at once, and an interruption, for instance by terminating the run,
+    stays one.
+
+    Dagster sleeps out the delay and does not notice meanwhile that the run is terminated. A step
+    that can wait by itself sets `longest_sleep`, and waits for `time_left` when it is retried.
 
     Parameters
     ----------
@@ -30,25 +35,37 @@ class SmartRetryPolicy(RetryPolicy):
         How the delay grows.
     operation : str, optional
         The operation whose history the adaptive strategy goes by.
+    longest_sleep : float, optional
+        Longest delay that Dagster is given (s).
     """
 
     strategy: RetryStrategy
     operation: str | None
+    longest_sleep: float | None
+    _due: float
 
     def __new__(  # noqa: D102
         cls,
         max_retries: int = 2,
         strategy: RetryStrategy | str = RetryStrategy.ADAPTIVE,
         operation: str | None = None,
+        longest_sleep: float | None = None,
     ) -> Self:
         policy: Self = super().__new__(cls, max_retries=max_retries)
         policy.strategy = RetryStrategy(strategy)
         policy.operation = operation
+        policy.longest_sleep = longest_sleep
+        policy._due = 0.0
         return policy
 
-    def __getnewargs__(self) -> tuple[int, RetryStrategy, str | None]:
+    def __getnewargs__(self) -> tuple[int, RetryStrategy, str | None, float | None]:
         # That of a named tuple would give the base class's fields to this constructor.
-        return (self.max_retries, self.strategy, self.operation)
+        return (self.max_retries, self.strategy, self.operation, self.longest_sleep)
+
+    @property
+    def time_left(self) -> float:
+        """What is left of the last delay (s): in a step that is retried, what it has to wait."""
+        return max(self._due - time.monotonic(), 0.0)
 
     def calculate_delay(self, attempt_num: int) -> float:
         """Return how long to wait before the next attempt at a step.
@@ -71,7 +88,13 @@ class SmartRetryPolicy(RetryPolicy):
         BaseException
             The interruption, if that is what ended the step.
         """
-        error = sys.exception()
+        delay = self._delay(attempt_num, sys.exception())
+        self._due = time.monotonic() + delay
+        return delay if self.longest_sleep is None else min(delay, self.longest_sleep)
+
+    def _delay(self, attempt_num: int, error: BaseException | None) -> float:
+        if isinstance(error, DeferredError):
+            return error.retry_after
         if error is not None and not isinstance(error, Exception):
             raise error
         info = None
@@ -93,10 +116,7 @@ class SmartRetryPolicy(RetryPolicy):
                     allow_retries=False,
                 ) from error
         return get_retry_manager().calculate_delay(
-            self.strategy,
-            attempt_num - 1,
-            error_info=unchanged(info) if info else None,
-            operation=self.operation,
+            self.strategy, attempt_num - 1, error_info=info, operation=self.operation
         )
 
 

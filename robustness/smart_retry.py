@@ -14,7 +14,7 @@ import random
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Generic, Literal, ParamSpec, TypedDict, TypeVar, Unpack, cast
 
@@ -25,7 +25,6 @@ import robustness.log_context  # noqa: F401 - its fields belong on this module's
 from robustness.error_classifier import (
     ErrorClassifier,
     ErrorInfo,
-    RecoveryStrategy,
     get_error_classifier,
 )
 from robustness.settings import RobustnessSettings, get_settings
@@ -99,17 +98,26 @@ DEFAULT_PARAMETERS: Mapping[RetryStrategy, RetryParameters] = {
 }
 """The parameters before any outcome has been seen."""
 
-# The next attempt goes another way: there is nothing to wait for.
-_NO_WAIT = frozenset(
-    {
-        RecoveryStrategy.INCREASE_TIMEOUT,
-        RecoveryStrategy.REDUCE_MEMORY_USAGE,
-        RecoveryStrategy.AUDIO_FALLBACK,
-        RecoveryStrategy.FORMAT_CONVERSION,
-    }
-)
-
 StoppedBy = Literal["success", "not_retryable", "attempts", "time", "budget"]
+
+
+class DeferredError(Exception):
+    """Work that cannot go on yet, and is no failure; come back later.
+
+    Parameters
+    ----------
+    message : str
+        What waits, and for what.
+    retry_after : float
+        When to come back (s).
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message, retry_after)
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class RejectedResultError(Exception):
@@ -454,8 +462,8 @@ class SmartRetryManager:
         attempt : int
             Number of the attempt that failed, from 0.
         error_info : ErrorInfo, optional
-            What it failed of: where the recovery goes another way there is no wait, and where
-            whoever refused has said when to come back, the wait is at least that long.
+            What it failed of: where whoever refused has said when to come back, the wait is at
+            least that long.
         operation : str, optional
             The operation, whose history the adaptive strategy goes by.
         file_size_mb : float, optional
@@ -474,8 +482,6 @@ class SmartRetryManager:
         if _testing:
             return 0.0
         asked_for = (error_info.retry_after if error_info else None) or 0.0
-        if error_info and error_info.recovery_strategy in _NO_WAIT:
-            return asked_for
         strategy = RetryStrategy(strategy)
         learned = self.parameters(strategy)
         base = learned.base_delay if base_delay is None else base_delay
@@ -769,7 +775,7 @@ class _Work:
         return self._manager.calculate_delay(
             self._strategy,
             state.attempt_number - 1,
-            error_info=None if self._rejected else unchanged(self._errors[-1]),
+            error_info=None if self._rejected else self._errors[-1],
             operation=self._operation,
             file_size_mb=size if isinstance(size, int | float) else None,
             base_delay=self._options.get("base_delay"),
@@ -833,14 +839,6 @@ class _Work:
             delays=tuple(self._delays),
             strategy=self._strategy,
         )
-
-
-def unchanged(error_info: ErrorInfo) -> ErrorInfo:
-    """Return a classification for work that is tried again just as it was.
-
-    Such work has to wait whatever the recovery strategy, as it does not go another way.
-    """
-    return replace(error_info, recovery_strategy=RecoveryStrategy.NONE)
 
 
 def _name(function: Callable[..., object]) -> str:

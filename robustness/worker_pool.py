@@ -49,7 +49,7 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TypeVar, TypeVarTuple
+from typing import Any, Self, TypeVar, TypeVarTuple
 
 import psutil
 
@@ -73,6 +73,7 @@ __all__ = [
     "WorkerMemoryError",
     "WorkerPool",
     "WorkerStartError",
+    "WorkerTask",
     "WorkerTimeoutError",
     "report_stage",
 ]
@@ -241,8 +242,61 @@ class WorkerFuture(Future[T]):
     measurement: Measurement | None = None
 
 
+class WorkerTask:
+    """A function to call in a worker, and the future of its result.
+
+    Parameters
+    ----------
+    fn : callable
+        A function at the top level of an importable module.
+    *args
+        Its arguments. They and its result must be picklable.
+    timeout : float or mapping of str to float
+        Seconds the task may take in all, or the stages it passes through with the seconds for
+        each: it starts in the first and enters others by `report_stage`.
+    fresh_worker : bool
+        Run it in a new process, with no connection open and nothing left behind by another task.
+
+    Attributes
+    ----------
+    future : WorkerFuture
+        Fails with the exception `fn` raised (its traceback in the worker as a note),
+        `WorkerTimeoutError`, `WorkerCrashedError`, `WorkerMemoryError`, `WorkerStartError`, or
+        `concurrent.futures.CancelledError` if the pool was killed.
+
+    Raises
+    ------
+    ValueError
+        If `timeout` names no stage, or gives one no time.
+    """
+
+    def __init__(
+        self,
+        fn: Callable[..., object],
+        /,
+        *args: object,
+        timeout: float | Mapping[str, float],
+        fresh_worker: bool = False,
+    ) -> None:
+        seconds = list(timeout.values()) if isinstance(timeout, Mapping) else [timeout]
+        if not seconds or min(seconds) <= 0:
+            raise ValueError(f"a timeout must be positive, for each stage, not {timeout!r}")
+        self.fn = fn
+        self.args = args
+        self.timeout = timeout
+        self.fresh_worker = fresh_worker
+        self.future: WorkerFuture[Any] = WorkerFuture()
+
+
+TaskSource = Callable[[int], WorkerTask | None]
+"""Returns the next task for the worker with this process id (0: not started yet), or None."""
+
+
 class WorkerPool:
     """Worker processes that run one task at a time each.
+
+    Tasks are queued by `submit`, or drawn from a source when a worker has nothing to do (see
+    `draw_from`).
 
     Use as a context manager: leaving the block waits for what has been submitted, leaving it by
     an exception (`KeyboardInterrupt` too) kills the workers at once.
@@ -291,13 +345,14 @@ class WorkerPool:
         self._pressure = None if memory_high is None else _MemoryPressure(memory_high)
         self._changed = threading.Condition()
         # What follows is guarded by the condition.
-        self._tasks: deque[_Task] = deque()
+        self._tasks: deque[WorkerTask] = deque()
+        self._source: TaskSource | None = None
+        self._wake_ups = 0
         self._lanes: list[threading.Thread] = []
         self._workers: set[_Worker] = set()
         self._size = 0
         self._shed = 0
         self._idle_tasks = 0
-        self._running_tasks = 0
         self._working_lanes = 0
         self._closing = False
         self._killed = False
@@ -312,27 +367,7 @@ class WorkerPool:
         timeout: float | Mapping[str, float],
         fresh_worker: bool = False,
     ) -> WorkerFuture[T]:
-        """Queue a task.
-
-        Parameters
-        ----------
-        fn : callable
-            A function at the top level of an importable module.
-        *args
-            Its arguments. They and its result must be picklable.
-        timeout : float or mapping of str to float
-            Seconds the task may take in all, or the stages it passes through with the seconds for
-            each: it starts in the first and enters others by `report_stage`.
-        fresh_worker : bool
-            Run it in a new process, with no connection open and nothing left behind by another
-            task.
-
-        Returns
-        -------
-        WorkerFuture
-            Fails with the exception `fn` raised (its traceback in the worker as a note),
-            `WorkerTimeoutError`, `WorkerCrashedError`, `WorkerMemoryError`, `WorkerStartError`,
-            or `concurrent.futures.CancelledError` if the pool was killed.
+        """Queue a task; see `WorkerTask` for the parameters and what the future fails with.
 
         Raises
         ------
@@ -341,16 +376,30 @@ class WorkerPool:
         ValueError
             If `timeout` names no stage, or gives one no time.
         """
-        seconds = list(timeout.values()) if isinstance(timeout, Mapping) else [timeout]
-        if not seconds or min(seconds) <= 0:
-            raise ValueError(f"a timeout must be positive, for each stage, not {timeout!r}")
-        future: WorkerFuture[T] = WorkerFuture()
+        task = WorkerTask(fn, *args, timeout=timeout, fresh_worker=fresh_worker)
         with self._changed:
             if self._closing:
                 raise RuntimeError("the worker pool is closed")
-            self._tasks.append(_Task(fn, args, timeout, future, fresh_worker))
+            self._tasks.append(task)
             self._changed.notify_all()
-        return future
+        return task.future
+
+    def draw_from(self, source: TaskSource) -> None:
+        """Have workers that find nothing queued ask `source` for a task.
+
+        So what runs next is decided when a worker is free, and knowing which one. `source` is
+        called by several threads at once, at least once a second per idle worker; `wake` has all
+        idle workers ask again at once.
+        """
+        with self._changed:
+            self._source = source
+        self.wake()
+
+    def wake(self) -> None:
+        """Have idle workers ask the source of tasks again."""
+        with self._changed:
+            self._wake_ups += 1
+            self._changed.notify_all()
 
     def resize(self, size: int) -> None:
         """Change the number of workers; if they become fewer, busy ones finish their task first.
@@ -378,12 +427,6 @@ class WorkerPool:
     @property
     def _lent(self) -> int:
         return min(self._idle_tasks, self._size)
-
-    @property
-    def spare_workers(self) -> int:
-        """Workers that have nothing to do, and for which nothing is queued."""
-        with self._changed:
-            return max(self._wanted() - self._running_tasks - len(self._tasks), 0)
 
     @property
     def worker_pids(self) -> list[int]:
@@ -449,7 +492,7 @@ class WorkerPool:
                     # be started is told to the task that needs it.
                     with contextlib.suppress(WorkerStartError):
                         worker = self._new_worker()
-                task = self._next_task()
+                task = self._next_task(worker.pid if worker else 0)
                 if task is None:
                     break
                 if task.fresh_worker and worker is not None:
@@ -477,20 +520,37 @@ class WorkerPool:
                 self._changed.wait(_PRESSURE_SECONDS)
             return False
 
-    def _next_task(self) -> "_Task | None":
+    def _next_task(self, pid: int) -> WorkerTask | None:
         """Wait for a task; None when this lane is to put its worker down."""
-        with self._changed:
-            while not self._killed and self._working_lanes <= self._wanted():
+        while True:
+            with self._changed:
+                if self._killed or self._working_lanes > self._wanted():
+                    break
                 while self._tasks:
                     task = self._tasks.popleft()
                     if task.future.set_running_or_notify_cancel():
-                        self._running_tasks += 1
                         return task
                 if self._closing:
                     break
-                self._changed.wait(_PRESSURE_SECONDS)
+                source, wake_ups = self._source, self._wake_ups
+            # Not under the condition: the source may wake the pool.
+            drawn = self._draw(source, pid) if source else None
+            with self._changed:
+                if drawn is not None:
+                    drawn.future.set_running_or_notify_cancel()
+                    return drawn
+                if self._wake_ups == wake_ups and not self._tasks:
+                    self._changed.wait(_PRESSURE_SECONDS)
+        with self._changed:
             self._working_lanes -= 1
             self._changed.notify_all()
+        return None
+
+    def _draw(self, source: TaskSource, pid: int) -> WorkerTask | None:
+        try:
+            return source(pid)
+        except Exception:
+            logger.exception("the worker pool's source of tasks failed")
             return None
 
     def _wanted(self) -> int:
@@ -536,7 +596,7 @@ class WorkerPool:
             self._workers.discard(worker)
         return worker.end(grace)
 
-    def _run(self, task: "_Task", worker: "_Worker | None") -> "_Worker | None":
+    def _run(self, task: WorkerTask, worker: "_Worker | None") -> "_Worker | None":
         """Run a task to its end, whatever that is; return the worker if it can go on."""
         stages = tuple(task.timeout) if isinstance(task.timeout, Mapping) else None
         try:
@@ -564,7 +624,6 @@ class WorkerPool:
             usable = False
         task.future.measurement = progress.measurement(worker)
         if failure is None:
-            self._note_end()
             task.future.set_result(result)
         else:
             self._fail(task, failure)
@@ -643,25 +702,12 @@ class WorkerPool:
             self._idle_tasks += change
             self._add_lanes()
 
-    def _note_end(self) -> None:
-        with self._changed:
-            self._running_tasks -= 1
-
-    def _fail(self, task: "_Task", error: BaseException) -> None:
+    def _fail(self, task: WorkerTask, error: BaseException) -> None:
         if self._killed:
             error = CancelledError("the worker pool was killed")
-        self._note_end()
         task.future.set_exception(error)
         if isinstance(error, WorkerError):
             logger.warning("%s: %s", getattr(task.fn, "__qualname__", task.fn), error)
-
-
-class _Task(NamedTuple):
-    fn: Callable[..., object]
-    args: tuple[object, ...]
-    timeout: float | Mapping[str, float]
-    future: WorkerFuture[Any]
-    fresh_worker: bool
 
 
 class _Progress:
@@ -789,12 +835,25 @@ class _Recipe:
                     args=(workers_connection, workers_lifeline, self._initializer, self._initargs),
                     daemon=True,
                 )
-                with _processes:
-                    process.start()
+                _start(process)
             except Exception as error:
                 raise WorkerStartError(f"cannot start a worker process: {error!r}") from error
             ours.pop_all()
         return process, connection, lifeline
+
+
+def _start(process: BaseProcess) -> None:
+    """Start a process, by a new fork server if the old one is dying."""
+    deadline = time.monotonic() + _DEATH_SECONDS
+    while True:
+        try:
+            with _processes:
+                process.start()
+            return
+        except ConnectionRefusedError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_POLL_SECONDS)
 
 
 def _limit_stalls(connection: Connection) -> None:

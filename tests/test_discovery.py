@@ -13,19 +13,20 @@ import dagster as dg
 import numpy as np
 import pytest
 import soundfile
+from blake3 import blake3
 
 from audio_assets import discovery
 from audio_assets.backlog import batches, find_backlog, inventory_row
 from audio_assets.definitions import defs
 from audio_assets.discovery import SENSOR, discover_files, register
+from audio_assets.extraction.worker import Identity
 from audio_assets.features import FEATURE_SETS
-from audio_assets.library import Library, LibraryScan, content_hash
+from audio_assets.library import Library, LibraryScan
 from audio_assets.resources import extraction_resource
 from audio_assets.run_requests import materialized_files
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing
 from audio_assets.warehouse.schema import ATTEMPTS, FILES, feature_table
-from audio_assets.worker import Identity
 from tests.conftest import forget_state
 
 LONG_AGO = time.time() - 3600
@@ -153,7 +154,9 @@ def identify(*paths: Path) -> None:
             inventory_row(
                 entry.file_key,
                 entry.path,
-                Identity(content_hash(entry.path), entry.size, entry.mtime_ns, 0.5),
+                Identity(
+                    blake3(entry.path.read_bytes()).hexdigest(), entry.size, entry.mtime_ns, 0.5
+                ),
             )
             for entry in scan.files
             if not paths or entry.path in paths

@@ -5,8 +5,8 @@ import shlex
 import dagster as dg
 import pytest
 
-from audio_assets.cells import CellOutcome, CellStatus
 from audio_assets.events import failure, materialization, observation
+from audio_assets.extraction.cells import CellOutcome, CellStatus
 from audio_assets.features import get_feature_set
 from robustness.error_classifier import ErrorClassifier, ErrorType
 
@@ -21,6 +21,7 @@ def failed(error: Exception | None = None) -> CellOutcome:
     )
     return CellOutcome(
         FILE,
+        "musicnn",
         CellStatus.FAILED,
         error=ErrorClassifier().classify_error(error or TimeoutError("too slow"), {}),
         history=attempts,
@@ -70,7 +71,7 @@ def test_finished_cell_shows_its_numbers_and_a_picture() -> None:
         "patches": 3,
         **dict.fromkeys(("content_hash", "code_version", "extractor"), "x"),
     }
-    done = CellOutcome(FILE, CellStatus.MATERIALIZED, row=row, audio_s=9.0)
+    done = CellOutcome(FILE, "musicnn", CellStatus.MATERIALIZED, row=row, audio_s=9.0)
     event = materialization(KEY, get_feature_set("musicnn"), done)
     assert event.metadata["top_tag"].value == "rock"
     assert event.metadata["patches"].value == 3

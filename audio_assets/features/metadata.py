@@ -8,7 +8,7 @@ from pathlib import Path
 import mutagen
 from mutagen.mp4 import MP4FreeForm
 
-from audio_assets.audio import Audio, audio_stream, open_container, open_nameless
+from audio_assets.audio import Audio, audio_stream, open_container
 from audio_assets.errors import DecoderError, UnsupportedFormatError
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.statistics import finite
@@ -77,7 +77,7 @@ _AV_CONTAINERS = {"mov": "mp4"}
 
 
 def _extract(audio: Audio) -> Row:
-    with open_nameless(audio.path) as file:
+    with audio.open_file() as file:
         try:
             parsed = mutagen.File(file)
         except mutagen.MutagenError as error:
@@ -129,7 +129,7 @@ def _as_list(value: object) -> list[object]:
 
 
 def _extract_alternative(audio: Audio) -> Row:
-    with open_nameless(audio.path) as file, open_container(file) as container:
+    with audio.open_file() as file, open_container(file) as container:
         stream = audio_stream(container)
         tags = {**container.metadata, **stream.metadata}
         duration = container.duration

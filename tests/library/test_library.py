@@ -12,9 +12,17 @@ import pytest
 import soundfile
 from blake3 import blake3
 
+from audio_assets.errors import FileChangedError
 from audio_assets.file_formats import holds_audio
 from audio_assets.file_keys import MAX_KEY_BYTES, FileKeyError, encode_key
-from audio_assets.library import Library, LibraryScan, content_hash, parse_roots
+from audio_assets.library import (
+    FileStamp,
+    Library,
+    LibraryScan,
+    content_hash,
+    open_regular,
+    parse_roots,
+)
 
 
 @pytest.fixture
@@ -321,16 +329,27 @@ def test_parse_roots_says_what_is_wrong(text: str, message: str) -> None:
 
 def test_content_hash_is_blake3_of_the_bytes(tmp_path: Path) -> None:
     content = np.random.default_rng(1).bytes(3_000_001)
-    assert content_hash(put(tmp_path / "a.wav", content)) == blake3(content).hexdigest()
-    assert content_hash(put(tmp_path / "empty.wav")) == blake3(b"").hexdigest()
+    blocks: list[int] = []
+    with open_regular(put(tmp_path / "a.wav", content)) as file:
+        found = content_hash(file, 2, before_block=lambda: blocks.append(file.tell()))
+    assert found == blake3(content).hexdigest()
+    assert blocks == [0, 2 << 20]
+    with open_regular(put(tmp_path / "empty.wav")) as file:
+        assert content_hash(file) == blake3(b"").hexdigest()
 
 
-def test_content_hash_does_not_wait_for_a_pipe(tmp_path: Path) -> None:
+def test_only_the_regular_file_that_is_meant_is_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.mp3")
     with pytest.raises(OSError, match="not a regular file"):
-        content_hash(tmp_path / "pipe.mp3")
+        open_regular(tmp_path / "pipe.mp3")
     with pytest.raises(FileNotFoundError):
-        content_hash(tmp_path / "missing.mp3")
+        open_regular(tmp_path / "missing.mp3")
+    path = put(tmp_path / "a.wav", b"one")
+    stamp = FileStamp.of(path.stat())
+    open_regular(path, stamp).close()
+    path.write_bytes(b"two")
+    with pytest.raises(FileChangedError):
+        open_regular(path, stamp)
 
 
 @pytest.mark.parametrize(

@@ -1,26 +1,28 @@
 """What the robustness tables count, beside what was injected."""
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from audio_assets.cells import CellOutcome
-from audio_assets.extraction import Extraction
+from audio_assets.extraction.cells import CellOutcome
+from audio_assets.extraction.engine import Engine
+from audio_assets.extraction.scratch import Scratch
 from audio_assets.library import Library
-from audio_assets.scratch import Scratch
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.publisher import Publisher
 from audio_assets.warehouse.queries import query
 from audio_assets.warehouse.schema import warehouse_tables
 from robustness.circuit_breaker import get_circuit_breaker
 from robustness.quarantine import Quarantine
+from robustness.smart_retry import DeferredError
 from robustness.state import get_state_store
 from robustness.worker_pool import WorkerPool
 from tests import faults
 from tests.conftest import write_tone
-from tests.test_extraction import learn_short_timeout
+from tests.extraction.test_engine import learn_short_timeout
 
 HANGING = faults.feature_set("hanging", faults.hang)
 CRASHING = faults.feature_set("crashing", faults.segfault)
@@ -46,14 +48,18 @@ def faulty(tmp_path: Path, own_state: None) -> tuple[Path, Outcomes]:
     with (
         Scratch(tmp_path / "scratch", "run", 1024) as scratch,
         WorkerPool(
-            2, preload=("audio_assets.worker", "pandas", "tests.faults"), memory_high=None
+            2,
+            preload=("audio_assets.extraction.worker", "pandas", "tests.faults"),
+            memory_high=None,
         ) as pool,
     ):
-        run = Extraction("run", Library({"music": root}), landing, pool, 2, scratch)
-        keys = [f"music/{path.name}" for path in sorted(root.iterdir())]
+        engine = Engine("run", Library({"music": root}), landing, pool, scratch)
+        engine.begin(SETS, [f"music/{path.name}" for path in sorted(root.iterdir())])
         for feature_set in SETS:
-            for outcome in run.run(feature_set, keys):
-                outcomes[feature_set.name, outcome.file_key.removeprefix("music/")] = outcome
+            with suppress(DeferredError):
+                for outcome in engine.drive(feature_set.name):
+                    name = outcome.file_key.removeprefix("music/")
+                    outcomes[outcome.feature_set, name] = outcome
     warehouse = tmp_path / "warehouse.duckdb"
     Publisher(landing, warehouse, SETS, get_state_store()).publish()
     return warehouse, outcomes

@@ -1,10 +1,10 @@
-"""What each recovery strategy changes in the next attempt at a cell."""
+"""What follows a failed attempt: the one place where that is decided."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from audio_assets.audio import DecoderName
-from audio_assets.worker import Extractor
+from audio_assets.extraction.worker import Extractor
 from robustness.error_classifier import ErrorInfo, ErrorType, RecoveryStrategy
 from robustness.smart_retry import RetryStrategy
 
@@ -13,7 +13,7 @@ BLOCK_S = 40 * 187 * 256 / 16000
 
 TIMEOUT_FACTOR = 1.5
 
-WAITS = {
+WAITS: Mapping[RecoveryStrategy, RetryStrategy] = {
     RecoveryStrategy.FILE_SYSTEM_CHECK: RetryStrategy.ADAPTIVE,
     RecoveryStrategy.DATABASE_RECOVERY: RetryStrategy.ADAPTIVE,
     RecoveryStrategy.NETWORK_RETRY: RetryStrategy.EXPONENTIAL,
@@ -21,7 +21,10 @@ WAITS = {
 }
 """Recoveries before which time must pass, and how the waits grow."""
 
-_ESCALATION: dict[ErrorType, Sequence[RecoveryStrategy]] = {
+IDENTIFY, DECODE, EXTRACT = "identify", "decode", "extract"
+"""The stages whose failure can be recovered from."""
+
+_ESCALATION: Mapping[ErrorType, Sequence[RecoveryStrategy]] = {
     ErrorType.TIMEOUT: (RecoveryStrategy.INCREASE_TIMEOUT, RecoveryStrategy.AUDIO_FALLBACK),
     ErrorType.MEMORY: (RecoveryStrategy.REDUCE_MEMORY_USAGE, RecoveryStrategy.AUDIO_FALLBACK),
     ErrorType.AUDIO_PROCESSING: (
@@ -36,6 +39,16 @@ _ESCALATION: dict[ErrorType, Sequence[RecoveryStrategy]] = {
     ErrorType.UNKNOWN: (RecoveryStrategy.AUDIO_FALLBACK,),
 }
 
+# A file that cannot be identified may lie on storage that does not answer.
+_ESCALATION_OF_IDENTIFY = (RecoveryStrategy.FILE_SYSTEM_CHECK,)
+
+_HELPS_IN: Mapping[RecoveryStrategy, Sequence[str]] = {
+    RecoveryStrategy.SKIP_FILE: (),
+    RecoveryStrategy.AUDIO_FALLBACK: (DECODE, EXTRACT),
+    RecoveryStrategy.FORMAT_CONVERSION: (DECODE,),
+}
+"""The stages that a recovery can help; one that is not named here helps all."""
+
 _ABOUT_CONTENT = {ErrorType.CORRUPT_FILE, ErrorType.UNSUPPORTED_FORMAT}
 _ABOUT_COMPUTING = {
     ErrorType.TIMEOUT,
@@ -43,6 +56,7 @@ _ABOUT_COMPUTING = {
     ErrorType.AUDIO_PROCESSING,
     ErrorType.UNKNOWN,
 }
+_ABOUT_ACCESS = {ErrorType.FILE_SYSTEM, ErrorType.PERMISSION}
 
 
 @dataclass(frozen=True)
@@ -51,12 +65,16 @@ class AttemptOptions:
 
     Parameters
     ----------
-    decoder, extractor, block_s
-        As in `audio_assets.worker.CellTask`.
+    decoder : {'av', 'soundfile', 'salvage'}
+        Decoder to use.
+    extractor : {'primary', 'alternative'}
+        Extractor to call.
+    block_s : float, optional
+        Analyse in blocks of this length (s).
     timeout_factor : float
         Multiplies the deadlines.
     alone : bool
-        Keep one worker only for as long as it runs, so that it has all the memory.
+        Run nothing beside it, so that it has all the memory.
     fresh_worker : bool
         Run in a new process, which has no connections open.
     check_storage : bool
@@ -84,10 +102,10 @@ def next_recovery(
     ----------
     error : ErrorInfo
         The attempt's classified error.
-    stage : str
-        Stage it failed in, ``decode`` or ``extract``.
+    stage : {'identify', 'decode', 'extract'}
+        Stage that failed.
     tried : sequence of RecoveryStrategy
-        Recoveries already tried at this cell.
+        Recoveries already tried at this stage of the file.
 
     Returns
     -------
@@ -96,10 +114,11 @@ def next_recovery(
     """
     if not error.retryable:
         return None
-    for strategy in (error.recovery_strategy, *_ESCALATION.get(error.error_type, ())):
-        if strategy is RecoveryStrategy.FORMAT_CONVERSION and stage != "decode":
-            continue
-        if strategy not in tried and strategy is not RecoveryStrategy.SKIP_FILE:
+    escalation = (
+        _ESCALATION_OF_IDENTIFY if stage == IDENTIFY else _ESCALATION.get(error.error_type, ())
+    )
+    for strategy in (error.recovery_strategy, *escalation):
+        if stage in _HELPS_IN.get(strategy, (stage,)) and strategy not in tried:
             return strategy
     return error.recovery_strategy if error.recovery_strategy in WAITS else None
 
@@ -115,8 +134,8 @@ def apply_recovery(
         What to try.
     options : AttemptOptions
         Options of the failed attempt.
-    stage : str
-        Stage it failed in: a fallback changes the decoder in ``decode``, the extractor in
+    stage : {'identify', 'decode', 'extract'}
+        Stage that failed: a fallback changes the decoder in ``decode``, the extractor in
         ``extract``.
     """
     match strategy:
@@ -124,7 +143,7 @@ def apply_recovery(
             return replace(options, timeout_factor=options.timeout_factor * TIMEOUT_FACTOR)
         case RecoveryStrategy.REDUCE_MEMORY_USAGE:
             return replace(options, block_s=BLOCK_S, alone=True)
-        case RecoveryStrategy.AUDIO_FALLBACK if stage == "decode":
+        case RecoveryStrategy.AUDIO_FALLBACK if stage == DECODE:
             return replace(options, decoder="soundfile")
         case RecoveryStrategy.AUDIO_FALLBACK:
             # It has deadlines of its own, which nothing has shown to be too short.
@@ -153,3 +172,8 @@ def is_files_own_fault(error: ErrorInfo, *, others_succeed: bool) -> bool:
     return error.error_type in _ABOUT_CONTENT or (
         others_succeed and error.error_type in _ABOUT_COMPUTING
     )
+
+
+def concerns_copies(error: ErrorInfo) -> bool:
+    """Tell whether what a file failed of would strike another file with the same content too."""
+    return error.error_type not in _ABOUT_ACCESS

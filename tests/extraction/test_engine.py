@@ -1,25 +1,26 @@
 """What faults cost: each is real, and each costs its own cell alone."""
 
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from audio_assets.cells import CellOutcome, CellStatus
-from audio_assets.extraction import Extraction
+from audio_assets.extraction.cells import CellOutcome, CellStatus
+from audio_assets.extraction.engine import Engine
+from audio_assets.extraction.scratch import Scratch
 from audio_assets.features.base import FeatureSet
 from audio_assets.library import Library
-from audio_assets.scratch import Scratch
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import feature_table, warehouse_tables
 from robustness.adaptive_timeout import get_timeout_manager
 from robustness.circuit_breaker import get_circuit_breaker
 from robustness.error_classifier import ErrorType
 from robustness.quarantine import Quarantine
+from robustness.smart_retry import DeferredError
 from robustness.worker_pool import WorkerPool
 from tests import faults
 from tests.conftest import forget_state, write_tone
@@ -40,36 +41,39 @@ def library(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def extraction(
+def engine(
     root: Path, tmp_path: Path, *feature_sets: FeatureSet, memory_limit_mib: float | None = None
-) -> Iterator[Extraction]:
+) -> Iterator[Engine]:
     landing = Landing(str(tmp_path / "landing"), warehouse_tables(feature_sets))
     with (
         Scratch(tmp_path / "scratch", "run", 1024) as scratch,
         WorkerPool(
             2,
             memory_limit_mib=memory_limit_mib,
-            preload=("audio_assets.worker", "pandas", "tests.faults"),
+            preload=("audio_assets.extraction.worker", "pandas", "tests.faults"),
             memory_high=None,
         ) as pool,
     ):
-        yield Extraction("run", Library({"music": root}), landing, pool, 2, scratch)
+        yield Engine("run", Library({"music": root}), landing, pool, scratch)
 
 
 def run(
     root: Path, tmp_path: Path, feature_set: FeatureSet, *, memory_limit_mib: float | None = None
 ) -> dict[str, CellOutcome]:
     keys = [f"music/{path.name}" for path in sorted(root.iterdir())]
-    with extraction(root, tmp_path, feature_set, memory_limit_mib=memory_limit_mib) as shared:
-        outcomes = list(shared.run(feature_set, keys))
-        rows = {
-            row["file_key"]
-            for row in shared.landing.latest(feature_table(feature_set).landing_name)
-        }
+    with engine(root, tmp_path, feature_set, memory_limit_mib=memory_limit_mib) as shared:
+        shared.begin([feature_set], keys)
+        outcomes = list(shared.drive(feature_set.name))
+        rows = {row["file_key"] for row in latest(tmp_path, feature_set)}
     assert sorted(outcome.file_key for outcome in outcomes) == keys
     done = {o.file_key for o in outcomes if o.status is not CellStatus.FAILED}
     assert rows == done
     return {outcome.file_key.removeprefix("music/"): outcome for outcome in outcomes}
+
+
+def latest(tmp_path: Path, feature_set: FeatureSet) -> list[dict[str, Any]]:
+    landing = Landing(str(tmp_path / "landing"), warehouse_tables([feature_set]))
+    return landing.latest(feature_table(feature_set).landing_name)
 
 
 def attempts(tmp_path: Path, feature_set: FeatureSet) -> list[dict[str, object]]:
@@ -151,8 +155,9 @@ def test_file_that_vanished_fails_with_that_reason(library: Path, tmp_path: Path
     feature_set = faults.feature_set("plain", faults.sound)
     keys = [f"music/{name}" for name in (*GOOD, "bad.wav")]
     (library / "bad.wav").unlink()
-    with extraction(library, tmp_path, feature_set) as shared:
-        outcomes = {o.file_key: o for o in shared.run(feature_set, keys)}
+    with engine(library, tmp_path, feature_set) as shared:
+        shared.begin([feature_set], keys)
+        outcomes = {o.file_key: o for o in shared.drive("plain")}
     bad = outcomes["music/bad.wav"]
     assert bad.status is CellStatus.FAILED
     assert bad.error is not None
@@ -162,8 +167,9 @@ def test_file_that_vanished_fails_with_that_reason(library: Path, tmp_path: Path
 
 def test_key_of_another_library_fails_alone(library: Path, tmp_path: Path) -> None:
     feature_set = faults.feature_set("plain", faults.sound)
-    with extraction(library, tmp_path, feature_set) as shared:
-        outcomes = list(shared.run(feature_set, ["elsewhere/a.wav", "music/a.wav"]))
+    with engine(library, tmp_path, feature_set) as shared:
+        shared.begin([feature_set], ["elsewhere/a.wav", "music/a.wav"])
+        outcomes = list(shared.drive("plain"))
     assert {o.file_key: o.status for o in outcomes} == {
         "elsewhere/a.wav": CellStatus.FAILED,
         "music/a.wav": CellStatus.MATERIALIZED,
@@ -198,28 +204,28 @@ def test_copy_of_older_rows_replaces_what_the_file_held_before(
     library: Path, tmp_path: Path
 ) -> None:
     feature_set = faults.feature_set("plain", faults.sound)
-    table = feature_table(feature_set).landing_name
-    with extraction(library, tmp_path, feature_set) as shared:
-        for key in ("music/a.wav", "music/bad.wav"):
-            list(shared.run(feature_set, [key]))
-            shared.batches.clear()
-        (library / "a.wav").rename(library / "bad.wav")
-    with extraction(library, tmp_path, feature_set) as shared:
-        (moved,) = shared.run(feature_set, ["music/bad.wav"])
-        rows = {row["file_key"]: row for row in shared.landing.latest(table)}
+    for key in ("music/a.wav", "music/bad.wav"):
+        with engine(library, tmp_path, feature_set) as shared:
+            shared.begin([feature_set], [key])
+            list(shared.drive("plain"))
+    (library / "a.wav").rename(library / "bad.wav")
+    with engine(library, tmp_path, feature_set) as shared:
+        shared.begin([feature_set], ["music/bad.wav"])
+        (moved,) = shared.drive("plain")
     assert moved.status is CellStatus.REUSED
-    assert len({row["content_hash"] for row in rows.values()}) == 1
+    assert len({row["content_hash"] for row in latest(tmp_path, feature_set)}) == 1
 
 
 def test_step_that_broke_off_goes_on_where_it_was(library: Path, tmp_path: Path) -> None:
     feature_set = faults.feature_set("plain", faults.sound)
     keys = sorted(f"music/{path.name}" for path in library.iterdir())
-    with extraction(library, tmp_path, feature_set) as shared:
-        first = shared.run(feature_set, keys)
-        untold = next(first)
+    with engine(library, tmp_path, feature_set) as shared:
+        shared.begin([feature_set], keys)
+        first = shared.drive("plain")
+        unreported = next(first)
         first.close()  # type: ignore[attr-defined] - as when Dagster's storage fails of it
-        outcomes = list(shared.run(feature_set, keys))
-    assert untold in outcomes
+        outcomes = list(shared.drive("plain"))
+    assert unreported in outcomes
     assert sorted(outcome.file_key for outcome in outcomes) == keys
     landing = Landing(str(tmp_path / "landing"), warehouse_tables([feature_set]))
     for table in (feature_table(feature_set).landing_name, "robustness/attempts"):
@@ -230,8 +236,9 @@ def test_unchanged_cells_are_reused_and_force_computes_them(library: Path, tmp_p
     feature_set = faults.feature_set("plain", faults.sound)
     run(library, tmp_path, feature_set)
     assert {o.status for o in run(library, tmp_path, feature_set).values()} == {CellStatus.REUSED}
-    with extraction(library, tmp_path, feature_set) as shared:
-        forced = list(shared.run(feature_set, ["music/a.wav"], force=True))
+    with engine(library, tmp_path, feature_set) as shared:
+        shared.begin([feature_set], ["music/a.wav"], force=True)
+        forced = list(shared.drive("plain"))
     assert [o.status for o in forced] == [CellStatus.MATERIALIZED]
 
 
@@ -244,30 +251,30 @@ def test_open_breaker_defers_cells_until_it_closes(
     breaker = get_circuit_breaker("feature:guarded")
     breaker.force_open()
     keys = [f"music/{name}" for name in GOOD]
-    with extraction(library, tmp_path, feature_set) as shared:
-        deferred = list(shared.run(feature_set, keys))
-        assert {o.status for o in deferred} == {CellStatus.DEFERRED}
-        early = list(shared.run(feature_set, keys))
-        assert {o.status for o in early} == {CellStatus.DEFERRED}
+    with engine(library, tmp_path, feature_set) as shared:
+        shared.begin([feature_set], keys)
+        with pytest.raises(DeferredError) as deferred:
+            list(shared.drive("guarded"))
+        with pytest.raises(DeferredError):  # too early
+            list(shared.drive("guarded"))
         breaker.reset()
-        time.sleep(max(outcome.retry_after for outcome in early))
-        done = list(shared.run(feature_set, keys))
-    assert {o.status for o in done} == {CellStatus.MATERIALIZED}
+        done = list(shared.drive("guarded", hold_s=deferred.value.retry_after))
+    assert [o.status for o in done] == [CellStatus.MATERIALIZED] * 3
 
 
-def test_late_cells_leave_their_workers_to_other_feature_sets(
+def test_cells_of_all_feature_sets_are_reported_whichever_drives(
     library: Path, tmp_path: Path
 ) -> None:
     hanging = faults.feature_set("hanging", faults.hang)
     plain = faults.feature_set("plain", faults.sound)
     learn_short_timeout("hanging")
     keys = [f"music/{name}" for name in (*GOOD, "bad.wav")]
-    with extraction(library, tmp_path, hanging, plain) as shared:
-        left = {o.file_key: o for o in shared.run(hanging, keys, others=["plain"])}
-        others = [o.status for o in shared.run(plain, keys, others=["hanging"])]
-        (rest,) = shared.run(hanging, keys, others=["plain"])
-    bad = left.pop("music/bad.wav")
-    assert (bad.status, bad.error) == (CellStatus.DEFERRED, None)
-    assert {*(o.status for o in left.values()), *others} == {CellStatus.MATERIALIZED}
-    assert (rest.file_key, rest.status) == ("music/bad.wav", CellStatus.MATERIALIZED)
-    assert rest.recoveries == ("increase_timeout", "audio_fallback")
+    with engine(library, tmp_path, hanging, plain) as shared:
+        shared.begin([hanging, plain], keys)
+        outcomes = [*shared.drive("plain"), *shared.drive("hanging")]
+    cells = {(o.feature_set, o.file_key): o for o in outcomes}
+    assert len(outcomes) == len(cells) == 8
+    assert {outcome.status for outcome in outcomes} == {CellStatus.MATERIALIZED}
+    bad = cells["hanging", "music/bad.wav"]
+    assert bad.recoveries == ("increase_timeout", "audio_fallback")
+    assert outcomes[-1] == bad  # a hang keeps nobody waiting

@@ -1,4 +1,4 @@
-"""Decoded audio that the feature sets of one run share."""
+"""Decoded audio of the files at work."""
 
 import contextlib
 import fcntl
@@ -9,10 +9,9 @@ from typing import Self
 
 
 class Scratch:
-    """A bounded directory of decoded audio, one file per content, for one run.
+    """A directory of decoded audio, one file per content, for one run.
 
-    What finds no room is decoded again by the next feature set that wants it; nothing ever
-    depends on a file being there. A lock marks the directory as in use, so that one left by a
+    A lock marks the directory as in use, so that one left by a
     killed run is removed by the next.
 
     Parameters
@@ -22,7 +21,7 @@ class Scratch:
     run_id : str
         The run.
     limit_mib : float
-        Decoded audio kept between attempts (MiB).
+        Decoded audio kept for files that wait (MiB).
 
     Attributes
     ----------
@@ -56,22 +55,19 @@ class Scratch:
         """Return where the decoded audio of a file with this content is, or goes."""
         return self.directory / f"{content_hash}.npy"
 
-    def trim(self, content_hash: str) -> None:
-        """Drop this content's audio if all that is kept together is over the limit."""
-        if self._used() > self._limit:
-            self.drop(content_hash)
-
     def drop(self, content_hash: str) -> None:
         """Remove what was decoded, or half decoded, of this content."""
         for path in self.directory.glob(f"{content_hash}*"):
             path.unlink(missing_ok=True)
 
-    def _used(self) -> int:
+    @property
+    def is_full(self) -> bool:
+        """Whether there is more decoded audio than may be kept for files that wait."""
         used = 0
         for path in self.directory.iterdir():
             with contextlib.suppress(FileNotFoundError):  # a worker renames what it has finished
                 used += path.stat().st_size
-        return used
+        return used > self._limit
 
     def _remove_abandoned(self) -> None:
         for lock in self._root.glob("*/.lock"):

@@ -1,0 +1,339 @@
+"""A file at work: its stages, its cells, and how each cell ended."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum, auto
+from functools import cached_property
+
+from audio_assets.extraction.recovery import DECODE, EXTRACT, IDENTIFY, AttemptOptions
+from audio_assets.extraction.worker import IDENTIFY_STAGES, Identity
+from audio_assets.features.base import FeatureSet, Row
+from audio_assets.file_keys import decode_key
+from audio_assets.library import FileStamp
+from robustness.error_classifier import ErrorInfo, RecoveryStrategy
+from robustness.smart_retry import RetryStrategy
+
+
+class CellStatus(StrEnum):
+    """How a cell ended in this run."""
+
+    MATERIALIZED = "materialized"
+    REUSED = "reused"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class CellOutcome:
+    """How one cell ended.
+
+    Parameters
+    ----------
+    file_key : str
+        The file's partition key.
+    feature_set : str
+        The feature set.
+    status : CellStatus
+        ``materialized`` and ``reused`` cells have a durable row.
+    row : dict or None
+        The row, if there is one.
+    error : ErrorInfo or None
+        Why it failed.
+    history : tuple of dict
+        The attempts made, as rows of ``robustness.attempts``.
+    recoveries : tuple of str
+        Recovery strategies tried, in order.
+    audio_s : float
+        Audio analysed for it in this run (s).
+    """
+
+    file_key: str
+    feature_set: str
+    status: CellStatus
+    row: Row | None = None
+    error: ErrorInfo | None = None
+    history: tuple[Row, ...] = ()
+    recoveries: tuple[str, ...] = ()
+    audio_s: float = 0.0
+
+    @property
+    def attempts(self) -> int:
+        """Attempts made."""
+        return len(self.history)
+
+
+class StageState(StrEnum):
+    """Where a stage is."""
+
+    READY = auto()
+    RUNNING = auto()
+    WAITING = auto()
+    """For time to pass, or for another file with the same content."""
+    DONE = auto()
+    FAILED = auto()
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What a stage waits for before its next attempt; times are of the monotonic clock (s)."""
+
+    strategy: RetryStrategy
+    since: float
+    until: float
+
+
+@dataclass(eq=False)
+class Stage:
+    """A part of a file's work that succeeds or fails by itself.
+
+    Parameters
+    ----------
+    file : FileWork
+        The file.
+    kind : {'identify', 'duration', 'decode', 'extract'}
+        What is done.
+    state : StageState
+        Where it is.
+    options : AttemptOptions
+        How the next attempt is made.
+    attempts : int
+        Attempts made.
+    tried : list of RecoveryStrategy
+        Recoveries so far.
+    error : ErrorInfo or None
+        What the last attempt failed of, or what it is deferred for.
+    wait : Wait or None
+        What comes before the next attempt.
+    waited_by : RetryStrategy or None
+        What set the last wait.
+    began : float or None
+        When the first attempt ended or it was first deferred (s, monotonic clock).
+    refusals : int
+        How often an open breaker deferred it.
+    """
+
+    file: "FileWork"
+    kind: str
+    state: StageState = StageState.READY
+    options: AttemptOptions = field(default_factory=AttemptOptions)
+    attempts: int = 0
+    tried: list[RecoveryStrategy] = field(default_factory=list)
+    error: ErrorInfo | None = None
+    wait: Wait | None = None
+    waited_by: RetryStrategy | None = None
+    began: float | None = None
+    refusals: int = 0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether it has neither succeeded nor been given up."""
+        return self.state not in (StageState.DONE, StageState.FAILED)
+
+    @property
+    def cells(self) -> "Sequence[Cell]":
+        """The open cells of its file that need it, the next one first."""
+        return self.file.needs_audio if self.kind == DECODE else self.file.open_cells
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether its retries are taken from a retry budget."""
+        return self.kind in (DECODE, EXTRACT)
+
+    @property
+    def operation(self) -> str:
+        """What retries and errors of it are counted under."""
+        return self.kind
+
+    @property
+    def breaker(self) -> str | None:
+        """The circuit breaker that guards it."""
+        match self.kind:
+            case "identify":
+                return f"storage:{self.file.root}"
+            case "decode":
+                return "audio_processing"
+            case _:
+                return None
+
+    @property
+    def timed_as(self) -> str:
+        """What history of times applies."""
+        return self.deadlines[-1]
+
+    @property
+    def deadlines(self) -> Sequence[str]:
+        """Names of the deadlines that an attempt passes through."""
+        return IDENTIFY_STAGES if self.kind == IDENTIFY else (self.kind,)
+
+
+@dataclass(eq=False, kw_only=True)
+class Cell(Stage):
+    """The stage that extracts one feature set.
+
+    Parameters
+    ----------
+    feature_set : FeatureSet
+        The feature set.
+    history : list of dict
+        The attempts so far, as rows of ``robustness.attempts``: those at decoding too, of the cell
+        that the audio was decoded for.
+    followers : list of FileWork
+        Other files with the same content, whose cells end as this one does.
+    leader : Cell or None
+        The cell of another file with the same content that this one ends with.
+    row : dict or None
+        Its row, when it is done.
+    """
+
+    feature_set: FeatureSet
+    kind: str = EXTRACT
+    history: list[Row] = field(default_factory=list)
+    followers: list["FileWork"] = field(default_factory=list)
+    leader: "Cell | None" = None
+    row: Row | None = None
+
+    @property
+    def cells(self) -> "Sequence[Cell]":  # noqa: D102
+        return (self,)
+
+    @property
+    def operation(self) -> str:  # noqa: D102
+        return self.feature_set.name
+
+    @property
+    def breaker(self) -> str:  # noqa: D102
+        return f"feature:{self.feature_set.name}"
+
+    @property
+    def timed_as(self) -> str:
+        """What history of times applies: each extractor has one of its own."""
+        name = self.feature_set.name
+        return name if self.options.extractor == "primary" else f"{name}/alternative"
+
+    @property
+    def files(self) -> Sequence["FileWork"]:
+        """All files of which this cell is computed."""
+        return (self.file, *self.followers)
+
+
+@dataclass(eq=False)
+class FileWork:
+    """A file of the run, and what is left to do with it.
+
+    Parameters
+    ----------
+    key : str
+        The file's partition key.
+    feature_sets : sequence of FeatureSet
+        The run's feature sets.
+    known : Identity or None
+        What it was when last seen.
+    identity : Identity or None
+        What it is, once it is identified.
+    stamp : FileStamp or None
+        What it must be from then on.
+    is_planned : bool
+        Whether it is known which cells must be computed.
+    running : int
+        Stages that workers are at.
+    audio_s : float or None
+        Length of its decoded audio (s).
+    decode_s : float
+        Time that decoding took and that no attempt has accounted for yet (s).
+    block_s : float or None
+        Block length (s) that has kept a stage within its memory.
+    changes : int
+        How often it was found changed after it was identified.
+    """
+
+    key: str
+    feature_sets: Sequence[FeatureSet]
+    known: Identity | None = None
+    identity: Identity | None = None
+    stamp: FileStamp | None = None
+    is_planned: bool = False
+    running: int = 0
+    audio_s: float | None = None
+    decode_s: float = 0.0
+    block_s: float | None = None
+    changes: int = 0
+
+    def __post_init__(self) -> None:
+        self.begin_anew()
+
+    def begin_anew(self) -> None:
+        """Forget what was done with the file: it has another content."""
+        self.is_planned = False
+        self.audio_s, self.decode_s, self.block_s = None, 0.0, None
+        self.identify = Stage(self, IDENTIFY)
+        self.duration = Stage(self, "duration")
+        self.decode = Stage(self, DECODE)
+        self.cells = {s.name: Cell(self, feature_set=s) for s in self.feature_sets}
+
+    @cached_property
+    def root(self) -> str:
+        """Name of its library root."""
+        return decode_key(self.key)[0]
+
+    @property
+    def size_mb(self) -> float:
+        """Size of the file (MiB); 0 if it is not known."""
+        known = self.identity or self.known
+        return known.size / 2**20 if known else 0.0
+
+    @property
+    def length_s(self) -> float | None:
+        """Length of the audio (s), decoded or by its header; None if neither is known."""
+        return self.audio_s or (self.identity.duration_s if self.identity else None)
+
+    @property
+    def is_identified(self) -> bool:
+        """Whether all is known of it that planning needs."""
+        return not (self.identify.is_open or self.duration.is_open)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no cell of it is left to do."""
+        return not any(cell.is_open for cell in self.cells.values())
+
+    @property
+    def open_cells(self) -> list[Cell]:
+        """Its cells that are open and not computed of another file with the same content."""
+        return [cell for cell in self.cells.values() if cell.is_open and cell.leader is None]
+
+    @property
+    def needs_audio(self) -> list[Cell]:
+        """Those of them that are computed from decoded audio."""
+        return [cell for cell in self.open_cells if cell.feature_set.reads_pcm]
+
+    def has_lost(self, stage: Stage) -> bool:
+        """Tell whether a stage belongs to a content that the file has no more."""
+        return stage not in (self.identify, self.duration, self.decode, *self.cells.values())
+
+    def ready(self) -> Iterator[Stage]:
+        """Yield the stages that a worker may take now, in order."""
+        if self.identify.is_open:
+            stages = [self.identify]
+        elif self.duration.is_open:
+            stages = [self.duration]
+        elif not self.is_planned:
+            stages = []
+        else:
+            stages = [
+                cell if self._has_input(cell) else self.decode for cell in self.cells.values()
+            ]
+        yield from (stage for stage in dict.fromkeys(stages) if stage.state is StageState.READY)
+
+    def kept_waiting_by(self, cell: Cell) -> Stage | None:
+        """Return the waiting stage without whose end a cell cannot go on."""
+        if cell.leader:
+            return cell.leader.file.kept_waiting_by(cell.leader)
+        stages = (self.identify, cell if self._has_input(cell) else self.decode)
+        return next((stage for stage in stages if stage.state is StageState.WAITING), None)
+
+    def _has_input(self, cell: Cell) -> bool:
+        # A cell that is over, or waits for another file's, needs no decoding.
+        return (
+            not cell.feature_set.reads_pcm
+            or cell.state is not StageState.READY
+            or self.decode.state is StageState.DONE
+        )

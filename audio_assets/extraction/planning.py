@@ -1,0 +1,106 @@
+"""What must be computed of a file, and what is known of it already."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from audio_assets.features.base import FeatureSet, Row
+from robustness.error_classifier import ErrorInfo, ErrorSeverity, ErrorType, RecoveryStrategy
+from robustness.quarantine import QuarantinedCell
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of some contents and one feature set.
+
+    Parameters
+    ----------
+    rows : mapping of str to mapping of str to dict
+        The rows in force that are up to date, by content hash and file key.
+    quarantined : mapping of str to QuarantinedCell
+        What is in quarantine, by content hash.
+    """
+
+    rows: Mapping[str, Mapping[str, Row]] = field(default_factory=dict)
+    quarantined: Mapping[str, QuarantinedCell] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """The file's own row is up to date."""
+
+    row: Row
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Another file with the same content has a row."""
+
+    row: Row
+
+
+@dataclass(frozen=True)
+class Skip:
+    """The cell is in quarantine."""
+
+    error: ErrorInfo
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The cell must be computed."""
+
+
+Plan = Reuse | Copy | Skip | Compute
+
+
+def plan_file(
+    file_key: str,
+    content_hash: str,
+    feature_sets: Sequence[FeatureSet],
+    known: Mapping[str, Known],
+) -> dict[str, Plan]:
+    """Decide what becomes of each cell of a file.
+
+    Parameters
+    ----------
+    file_key : str
+        The file's partition key.
+    content_hash : str
+        What it holds.
+    feature_sets : sequence of FeatureSet
+        The feature sets wanted.
+    known : mapping of str to Known
+        What is known, by feature set.
+
+    Returns
+    -------
+    dict of str to Plan
+        The plan by feature set.
+    """
+
+    def plan(feature_set: FeatureSet) -> Plan:
+        about = known[feature_set.name]
+        rows = about.rows.get(content_hash, {})
+        if file_key in rows:
+            return Reuse(rows[file_key])
+        if rows and feature_set.reads_pcm:
+            return Copy(next(iter(rows.values())))
+        if content_hash in about.quarantined:
+            return Skip(_quarantined(about.quarantined[content_hash]))
+        return Compute()
+
+    return {feature_set.name: plan(feature_set) for feature_set in feature_sets}
+
+
+def _quarantined(cell: QuarantinedCell) -> ErrorInfo:
+    since = datetime.fromtimestamp(cell.first_failed_at, UTC)
+    return ErrorInfo(
+        error_type=ErrorType(cell.error_type),
+        severity=ErrorSeverity.MEDIUM,
+        retryable=False,
+        systemic=False,
+        recovery_strategy=RecoveryStrategy.SKIP_FILE,
+        message=f"in quarantine since {since:%Y-%m-%d %H:%M} UTC: {cell.reason}",
+        exception_type="",
+    )

@@ -1,0 +1,291 @@
+"""What a worker process does with a file: identify it, decode it, extract a feature set."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from pathlib import Path
+from typing import Literal
+
+import av
+import pyarrow as pa
+
+from audio_assets.audio import SAMPLE_RATE, Audio, DecoderName, decode, open_container
+from audio_assets.errors import AudioFileError, FileChangedError
+from audio_assets.features.base import FeatureSet, Row, check_row
+from audio_assets.library import FileStamp, Library, content_hash, open_regular
+from audio_assets.warehouse.schema import arrow_schema
+from robustness.file_evidence import FileState, inspect_file
+from robustness.worker_pool import report_stage
+
+IDENTIFY_STAGES = ("look", "hash")
+
+HASH_BLOCK_MIB = 64
+"""What is hashed within one deadline (MiB)."""
+
+_PCM_BYTES_PER_SECOND = SAMPLE_RATE * 2 * 4
+
+Extractor = Literal["primary", "alternative"]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a file is, apart from its name.
+
+    Parameters
+    ----------
+    content_hash : str
+        BLAKE3 of the file's bytes, hexadecimal.
+    size : int
+        Size (bytes).
+    mtime_ns : int
+        Time of the last change (ns since the epoch).
+    duration_s : float or None
+        Duration by the container's header (s); None where it names none.
+    """
+
+    content_hash: str
+    size: int
+    mtime_ns: int
+    duration_s: float | None
+
+
+@dataclass(frozen=True)
+class FileRef:
+    """A file as it was when it was identified, and where its decoded audio is or goes.
+
+    Parameters
+    ----------
+    path : Path
+        The audio file.
+    stamp : FileStamp
+        What it must still be.
+    pcm : Path
+        Its decoded audio, see `audio_assets.audio.decode`.
+    """
+
+    path: Path
+    stamp: FileStamp
+    pcm: Path
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What extracting a feature set gives.
+
+    Parameters
+    ----------
+    row : dict
+        The feature set's columns.
+    extractor : str
+        Which extractor made the row, for instance ``essentia`` or ``librosa/blocks``.
+    """
+
+    row: Row
+    extractor: str
+
+
+def identify(library: Library, file_key: str, known: Identity | None) -> tuple[Identity, FileStamp]:
+    """Find out what a file holds, by its hash.
+
+    Its stages are those of `IDENTIFY_STAGES`; it enters the second anew for each `HASH_BLOCK_MIB`,
+    so that a file may be of any size and a hang is noticed soon.
+
+    Parameters
+    ----------
+    library : Library
+        Where the file is.
+    file_key : str
+        The file's partition key.
+    known : Identity, optional
+        What it was when last seen; believed if size and time of change are still the same.
+
+    Returns
+    -------
+    (Identity, FileStamp)
+        What it is, without a duration unless it is the known one; what it must be from now on.
+
+    Raises
+    ------
+    FileKeyError
+        If the key leads to no file of the library.
+    FileChangedError
+        If it changes while it is read.
+    OSError
+        If the file is missing or cannot be read.
+    """
+    path = library.checked_path_of(file_key)
+    with open_regular(path) as file:
+        stamp = FileStamp.of(os.fstat(file.fileno()))
+        if known and (known.size, known.mtime_ns) == (stamp.size, stamp.mtime_ns):
+            file.read(1)  # what cannot be read any more is not believed either
+            return known, stamp
+        digest = content_hash(file, HASH_BLOCK_MIB, before_block=lambda: report_stage("hash"))
+        if FileStamp.of(os.fstat(file.fileno())) != stamp:
+            raise FileChangedError
+    return Identity(digest, stamp.size, stamp.mtime_ns, None), stamp
+
+
+def read_duration(file: FileRef) -> float | None:
+    """Return the duration (s) that a file's header names; None where it names none.
+
+    Raises
+    ------
+    FileChangedError
+        If the file is not the one any more that was identified.
+    OSError
+        If the file cannot be read.
+    """
+    with _unchanged(file), open_regular(file.path, file.stamp) as opened:
+        try:
+            with open_container(opened) as container:
+                return max((container.duration or 0) / av.time_base, 0.0) or None
+        except (AudioFileError, ValueError):
+            return None
+
+
+def decode_file(file: FileRef, decoder: DecoderName) -> float:
+    """Decode a file's audio to `file.pcm` and return its duration (s).
+
+    Raises
+    ------
+    AudioFileError
+        If the file cannot be decoded.
+    FileChangedError
+        If the file is not the one any more that was identified.
+    OSError
+        If the file cannot be read or the decoded audio cannot be written.
+    """
+    _audio.cache_clear()  # this worker is done with the file before
+    with _unchanged(file):
+        return decode(file.path, file.pcm, decoder=decoder, stamp=file.stamp).duration_s
+
+
+def extract(
+    file: FileRef, feature_set: FeatureSet, extractor: Extractor, block_s: float | None
+) -> CellResult:
+    """Extract one feature set of a file, whose audio is decoded already if it is needed.
+
+    Parameters
+    ----------
+    file : FileRef
+        The file.
+    feature_set : FeatureSet
+        What to extract; it travels by reference to its functions, which must be importable.
+    extractor : {'primary', 'alternative'}
+        Which of the feature set's extractors to call.
+    block_s : float or None
+        Analyse in blocks of this length (s), in bounded memory.
+
+    Raises
+    ------
+    FileChangedError
+        If the file is not the one any more that was identified.
+    ValueError, pyarrow.ArrowInvalid, pyarrow.ArrowTypeError
+        If the row does not fit the feature set's table.
+    """
+    if extractor == "primary":
+        function, name = feature_set.extract, feature_set.extractor
+    else:
+        function, name = feature_set.extract_alternative, feature_set.alternative
+    with _unchanged(file):
+        if not feature_set.reads_pcm:
+            row = function(Audio.without_pcm(file.path, file.stamp))
+        elif block_s is None:
+            row = function(_audio(file))
+        else:
+            row = _extract_in_blocks(_audio(file), function, block_s, feature_set.combine)
+            name += "/blocks"
+    check_row(feature_set, row)
+    # A value that does not fit its column fails here, alone, and not a part with other rows.
+    pa.Table.from_pylist([row], schema=_schema(tuple(feature_set.columns)))
+    return CellResult(row, name)
+
+
+@contextmanager
+def _unchanged(file: FileRef) -> Iterator[None]:
+    """Let nothing be made of another file than the one that was identified.
+
+    A file that is gone, or whose storage is away, has not changed: whoever needs it says so.
+
+    Raises
+    ------
+    FileChangedError
+        If the file has changed before, or has when the block ends, however that ends.
+    """
+    _check_unchanged(file)
+    try:
+        yield
+    finally:
+        _check_unchanged(file)
+
+
+def _check_unchanged(file: FileRef) -> None:
+    try:
+        status = file.path.stat()
+    except OSError:
+        return
+    if FileStamp.of(status) != file.stamp:
+        raise FileChangedError
+
+
+@lru_cache(maxsize=1)
+def _audio(file: FileRef) -> Audio:
+    """Return a file's decoded audio, and what earlier stages of the file have derived from it."""
+    return Audio.open(file.pcm, file.path)
+
+
+def storage_problem(path: Path, root: Path, scratch: Path, duration_s: float | None) -> str | None:
+    """Look whether the storage that an attempt needs is there: the file's, and room for its PCM.
+
+    Parameters
+    ----------
+    path : Path
+        The audio file.
+    root : Path
+        The library root it is below.
+    scratch : Path
+        Directory for decoded audio.
+    duration_s : float or None
+        Duration of the audio, if it is known.
+
+    Returns
+    -------
+    str or None
+        What is wrong as long as waiting may mend it; None otherwise, also where the file alone is
+        missing or cannot be read.
+    """
+    evidence = inspect_file(path, root)
+    if evidence.state is FileState.STORAGE_AWAY:
+        return evidence.finding
+    needed = int((duration_s or 0.0) * _PCM_BYTES_PER_SECOND)
+    free = shutil.disk_usage(scratch).free
+    if free < needed:
+        return f"{needed / 2**20:.0f} MiB are needed in {scratch}, {free / 2**20:.0f} are free"
+    return None
+
+
+_schema = cache(arrow_schema)
+
+
+def _extract_in_blocks(
+    audio: Audio,
+    extract: Callable[[Audio], Row],
+    block_s: float,
+    combine: Callable[[list[Row], list[float]], Row],
+) -> Row:
+    rows, durations = [], []
+    for start, stop in _blocks(audio.duration_s, block_s):
+        rows.append(extract(audio.block(start, stop)))
+        durations.append(stop - start)
+    return combine(rows, durations)
+
+
+def _blocks(duration_s: float, block_s: float) -> Iterator[tuple[float, float]]:
+    """Cut a duration into blocks; a rest of less than half a block goes to the one before it."""
+    count = max(1, round(duration_s / block_s))
+    for index in range(count):
+        is_last = index == count - 1
+        yield index * block_s, duration_s if is_last else (index + 1) * block_s

@@ -1,8 +1,10 @@
 """Analysing a library from the command line, through Dagster on the project's own instance."""
 
+import signal
+import socket
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import dagster as dg
@@ -43,13 +45,18 @@ def run_batches(
         Where the progress bar goes.
     force : bool
         Compute also what is done and unchanged, or quarantined.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        If the command was interrupted, when the batch under way has ended of it.
     """
     ranges = batches(
         file_keys, instance.get_dynamic_partitions(PARTITIONS), get_settings().batch_size
     )
     job = defs.resolve_job_def(ALL_FEATURES)
     landing = open_landing()
-    with _progress_bar(console) as progress:
+    with _progress_bar(console) as progress, _interruption() as is_interrupted:
         task = progress.add_task("", total=len(file_keys) * len(FEATURE_SETS), speed=0.0)
         for batch in ranges:
             run_id = str(uuid.uuid4())
@@ -62,12 +69,41 @@ def run_batches(
                     tags=batch_tags(batch, "audio-assets analyze")
                     | ({FORCE_TAG: "true"} if force else {}),
                 )
+            interrupted = is_interrupted()
             try:
                 record_run(instance, run_id, landing)
-                publish()  # between two batches no worker waits for it
+                if not interrupted:
+                    publish()  # between two batches no worker waits for it
             except Exception as error:  # noqa: BLE001 - the next batch need not fail of it
                 console.print(f"not published: {error}", style="yellow", markup=False)
+            if interrupted:
+                raise KeyboardInterrupt
     record_ended_runs(instance, get_settings().warehouse, landing)
+
+
+@contextmanager
+def _interruption() -> Iterator[Callable[[], bool]]:
+    """Yield a function that tells whether the process was interrupted.
+
+    Dagster makes a failed run of an interruption and goes on, or, between two steps, forgets it.
+    Python writes each signal's number to the wakeup descriptor, whoever handles it.
+    """
+    receiver, sender = socket.socketpair()
+    with receiver, sender:
+        receiver.setblocking(False)
+        sender.setblocking(False)
+        before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+
+        def is_interrupted() -> bool:
+            try:
+                return not {signal.SIGINT, signal.SIGTERM}.isdisjoint(receiver.recv(4096))
+            except BlockingIOError:
+                return False
+
+        try:
+            yield is_interrupted
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 def _progress_bar(console: Console) -> Progress:

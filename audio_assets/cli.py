@@ -118,7 +118,11 @@ def analyze(
         else:
             todo = find_backlog(scan.files, landing, materialized_files(instance)).todo
         if todo:
-            run_batches(instance, todo, console, force=force)
+            try:
+                run_batches(instance, todo, console, force=force)
+            except KeyboardInterrupt:
+                console.print("Interrupted. What is done is kept; run the command again to go on.")
+                raise typer.Exit(130) from None
         else:
             console.print("Nothing to compute: every file is as it was when it was analysed.")
     publish()

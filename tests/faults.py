@@ -103,6 +103,18 @@ def note_in_database(audio: Audio) -> Row:
     return sound(audio)
 
 
+def replace_the_file(audio: Audio) -> Row:
+    """Put another file in the place of the one that is analysed, once."""
+    if _is_marked(audio) and _call_number(audio) == 1:
+        (_traces(audio) / "other.wav").replace(audio.path)
+    return sound(audio)
+
+
+def slow_everywhere(audio: Audio) -> Row:
+    time.sleep(2.0)
+    return sound(audio)
+
+
 def take_storage_away(audio: Audio) -> Row:
     """Make the library vanish under its readers, once, as a mount does that goes away."""
     root = audio.path.parent

@@ -287,6 +287,8 @@ class Engine:
 
     def _reported(self, outcome: CellOutcome) -> None:
         self._unreported[outcome.feature_set].discard(outcome.file_key)
+        # Who has the same content finds the row in the landing from now on.
+        self._files[outcome.file_key].cells[outcome.feature_set].row = None
         if outcome.status is CellStatus.FAILED:
             self._failed[outcome.feature_set].append(outcome)
         elif outcome.status is CellStatus.MATERIALIZED:
@@ -431,6 +433,8 @@ class Engine:
             stage.state = StageState.FAILED
             self._results.identified(file)
             return
+        if stage.kind == DECODE and file.identity:
+            self._scratch.drop(file.identity.content_hash)  # what a killed worker left of it
         recovery = None
         if stage.attempts < self._settings.retry_max_attempts:
             recovery = next_recovery(error, stage.kind, stage.tried)
@@ -493,7 +497,7 @@ class Engine:
                     follows.leader, follows.state = None, StageState.READY
             if self._leaders.get(before.content_hash) is file:
                 del self._leaders[before.content_hash]
-            self._scratch.drop(before.content_hash)
+                self._scratch.drop(before.content_hash)
             self._outbox.withdraw(file.key)
             for keys in self._unreported.values():
                 keys.add(file.key)

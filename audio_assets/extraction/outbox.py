@@ -85,10 +85,11 @@ class Outbox:
         self._flushed_at = time.monotonic()
         self.failing_since = (self.failing_since or self._flushed_at) if self.error else None
         if not self.error:
-            # While these are reported, others come in that are not durable yet.
-            for _ in range(len(self._outcomes)):
-                yield self._outcomes[0]
-                self._outcomes.popleft()
+            # While these are reported others come in, and some may be withdrawn.
+            for outcome in list(self._outcomes):
+                if outcome in self._outcomes:
+                    yield outcome
+                    self._outcomes.remove(outcome)
 
     def _append(self) -> ErrorInfo | None:
         breaker = get_circuit_breaker(

@@ -1,13 +1,18 @@
 """What faults cost: each is real, and each costs its own cell alone."""
 
+import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
+from blake3 import blake3
 
 from audio_assets.extraction.cells import CellOutcome, CellStatus
 from audio_assets.extraction.engine import Engine
@@ -278,3 +283,152 @@ def test_cells_of_all_feature_sets_are_reported_whichever_drives(
     bad = cells["hanging", "music/bad.wav"]
     assert bad.recoveries == ("increase_timeout", "audio_fallback")
     assert outcomes[-1] == bad  # a hang keeps nobody waiting
+
+
+def all_attempts(tmp_path: Path, *feature_sets: FeatureSet) -> list[dict[str, Any]]:
+    landing = Landing(str(tmp_path / "landing"), warehouse_tables(feature_sets))
+    rows: list[dict[str, Any]] = landing.read("robustness/attempts").to_pylist()
+    return rows
+
+
+def test_audio_is_decoded_once_and_removed_with_the_last_cell(
+    library: Path, tmp_path: Path
+) -> None:
+    sets = [faults.feature_set(name, faults.sound) for name in ("one", "two", "three")]
+    keys = [f"music/{name}" for name in (*GOOD, "bad.wav")]
+    with engine(library, tmp_path, *sets) as shared:
+        shared.begin(sets, keys)
+        outcomes = list(shared.drive("one"))
+        for feature_set in sets[1:]:
+            outcomes += shared.drive(feature_set.name)
+        assert [path.name for path in (tmp_path / "scratch" / "run").iterdir()] == [".lock"]
+    assert len(outcomes) == 12
+    decoded = [row["file_key"] for row in all_attempts(tmp_path, *sets) if row["decode_s"]]
+    assert sorted(decoded) == sorted(keys)
+
+
+def test_failed_decode_is_one_attempt_for_all_feature_sets(library: Path, tmp_path: Path) -> None:
+    one, two = (faults.feature_set(name, faults.sound) for name in ("one", "two"))
+    tags = replace(faults.feature_set("tags", faults.length_of_file), reads_pcm=False)
+    t = np.arange(44100) / 44100
+    soundfile.write(library / "bad.wav", np.sin(2 * np.pi * 440 * t), 44100, "NMS_ADPCM_32")
+    (library / "a.wav").write_text("not audio at all\n" * 100)
+    with engine(library, tmp_path, one, two, tags) as shared:
+        shared.begin([one, two, tags], ["music/a.wav", "music/bad.wav"])
+        outcomes = [o for s in (one, two, tags) for o in shared.drive(s.name)]
+    failed = {(o.feature_set, o.file_key) for o in outcomes if o.status is CellStatus.FAILED}
+    assert failed == {("one", "music/a.wav"), ("two", "music/a.wav")}
+    assert {
+        (row["file_key"], row["feature_set"], row["attempt"], row["outcome"])
+        for row in all_attempts(tmp_path, one, two, tags)
+    } == {
+        ("music/a.wav", "one", 1, "failed"),
+        ("music/a.wav", "two", 0, "skipped"),
+        ("music/a.wav", "tags", 1, "succeeded"),
+        ("music/bad.wav", "one", 1, "failed"),
+        ("music/bad.wav", "one", 2, "succeeded"),
+        ("music/bad.wav", "two", 1, "succeeded"),
+        ("music/bad.wav", "tags", 1, "succeeded"),
+    }
+    assert get_circuit_breaker("audio_processing").get_stats()["failure_count"] == 1
+    assert {(c.file_key, c.feature_set) for c in Quarantine().list()} == {
+        ("music/a.wav", "one"),
+        ("music/a.wav", "two"),
+    }
+
+
+def test_an_idle_worker_helps_with_the_file_of_another(library: Path, tmp_path: Path) -> None:
+    sets = [faults.feature_set(name, faults.slow_everywhere) for name in ("one", "two")]
+    with engine(library, tmp_path, *sets) as shared:
+        shared.begin(sets, ["music/a.wav"])
+        assert len(list(shared.drive("one"))) + len(list(shared.drive("two"))) == 2
+    workers = {row["worker_pid"] for row in all_attempts(tmp_path, *sets)}
+    assert len(workers) == 2
+
+
+def test_nothing_is_made_of_a_file_that_was_replaced(library: Path, tmp_path: Path) -> None:
+    swapping = faults.feature_set("swapping", faults.replace_the_file)
+    plain = faults.feature_set("plain", faults.sound)
+    traces = tmp_path / "traces"
+    traces.mkdir()
+    write_tone(traces / "other.wav", 880.0, seconds=2.0)
+    shutil.copy(library / "bad.wav", traces / "original.wav")
+    sets = [plain, swapping]
+    with engine(library, tmp_path, *sets) as shared:
+        shared.begin(sets, ["music/bad.wav"])
+        outcomes = [o for s in sets for o in shared.drive(s.name)]
+    assert {(o.feature_set, o.status) for o in outcomes} == {
+        ("plain", CellStatus.MATERIALIZED),
+        ("swapping", CellStatus.MATERIALIZED),
+    }
+    other = blake3((library / "bad.wav").read_bytes()).hexdigest()
+    for feature_set in sets:
+        (row,) = latest(tmp_path, feature_set)
+        assert (row["content_hash"], row["value"]) == (other, 2.0)
+    # What the file was before, under another name, is not taken for what it became.
+    shutil.copy(traces / "original.wav", library / "original.wav")
+    with engine(library, tmp_path, *sets) as shared:
+        shared.begin(sets, ["music/original.wav"])
+        outcomes = [o for s in sets for o in shared.drive(s.name)]
+    assert {(o.row or {})["value"] for o in outcomes} == {1.0}
+
+
+def test_file_that_keeps_changing_waits(library: Path, tmp_path: Path) -> None:
+    plain = faults.feature_set("plain", faults.sound)
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.wait(0.001):
+            os.utime(library / "bad.wav")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    keys = [f"music/{name}" for name in (*GOOD, "bad.wav")]
+    with engine(library, tmp_path, plain) as shared:
+        shared.begin([plain], keys)
+        outcomes: list[CellOutcome] = []
+        with pytest.raises(DeferredError, match="changed or replaced"):
+            outcomes.extend(shared.drive("plain"))
+        stop.set()
+        writer.join()
+        outcomes += shared.drive("plain", hold_s=5.0)
+    assert {o.file_key for o in outcomes} == set(keys)
+    assert {o.status for o in outcomes} == {CellStatus.MATERIALIZED}
+
+
+def test_list_of_other_files_holds_nobody(library: Path, tmp_path: Path) -> None:
+    os.mkfifo(library / "pipe.bin")
+    (library / "bad.wav").rename(library / "other.wav")
+    (library / "list.mp3").write_text("ffconcat version 1.0\nfile pipe.bin\n")
+    (library / "leaving.mp3").write_text("ffconcat version 1.0\nfile other.wav\n")
+    plain = faults.feature_set("plain", faults.sound)
+    keys = [f"music/{name}" for name in ("list.mp3", "leaving.mp3", *GOOD)]
+    with engine(library, tmp_path, plain) as shared:
+        shared.begin([plain], keys)
+        outcomes = {o.file_key.removeprefix("music/"): o for o in shared.drive("plain")}
+    assert_good_ones_done(outcomes)
+    for name in ("list.mp3", "leaving.mp3"):
+        error = outcomes[name].error
+        assert error is not None
+        assert error.error_type is ErrorType.UNSUPPORTED_FORMAT
+
+
+def test_files_of_one_content_fail_together(library: Path, tmp_path: Path) -> None:
+    deadly = faults.feature_set("deadly", faults.segfault, faults.segfault)
+    shutil.copy(library / "bad.wav", library / "bad copy.wav")
+    outcomes = run(library, tmp_path, deadly)
+    assert_good_ones_done(outcomes)
+    assert {outcomes[n].status for n in ("bad.wav", "bad copy.wav")} == {CellStatus.FAILED}
+    assert sum(o.attempts for o in outcomes.values()) == 3 + 2 * 2
+
+
+def test_copy_is_computed_of_itself_where_the_first_file_is_gone(
+    library: Path, tmp_path: Path
+) -> None:
+    vanishing = faults.feature_set("vanishing", faults.delete_the_file)
+    shutil.copy(library / "bad.wav", library / "copy.wav")
+    keys = ["music/bad.wav", "music/copy.wav"]
+    with engine(library, tmp_path, vanishing) as shared:
+        shared.begin([vanishing], keys)
+        outcomes = {o.file_key: o.status for o in shared.drive("vanishing")}
+    assert outcomes == {keys[0]: CellStatus.FAILED, keys[1]: CellStatus.MATERIALIZED}

@@ -1,5 +1,6 @@
 """Analysing a library from the command line, through Dagster on the project's own instance."""
 
+import logging
 import signal
 import socket
 import threading
@@ -93,6 +94,8 @@ def _interruption() -> Iterator[Callable[[], bool]]:
         receiver.setblocking(False)
         sender.setblocking(False)
         before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+        # It may hit a connection that is being closed, of which SQLAlchemy logs a traceback.
+        logging.getLogger("sqlalchemy.pool").addHandler(logging.NullHandler())
 
         def is_interrupted() -> bool:
             try:

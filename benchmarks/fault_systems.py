@@ -2,8 +2,7 @@
 
     python -m benchmarks.fault_systems plain|fixed|product LIBRARY
 
-Nothing is imported at the top that workers, which run this module as their parent's main script,
-would have to import again.
+Workers run this module as their parent's main script, and so have the faults too.
 """
 
 import json
@@ -25,7 +24,7 @@ def main() -> None:
         return
     if system == "fixed":
         _use_fixed_breakers()
-        _keep_workers_waiting()
+        _fix_number_of_workers()
     from audio_assets import cli
 
     cli._show_results = lambda *_: 0  # it shows columns of all feature sets
@@ -34,8 +33,8 @@ def main() -> None:
 
 def _use_fixed_breakers() -> None:
     """Have two breakers of this process alone, for everything, that count every failure."""
-    from audio_assets import extraction
-    from robustness.circuit_breaker import CircuitBreaker
+    from audio_assets.extraction import dispatch
+    from robustness.circuit_breaker import CircuitBreaker, get_circuit_breaker
 
     def count_all(_: Exception) -> bool:
         return True
@@ -50,18 +49,18 @@ def _use_fixed_breakers() -> None:
     }
 
     def get(name: str) -> CircuitBreaker:
-        return breakers[name if name in breakers else "feature_extraction"]
+        if name.startswith("feature:"):
+            name = "feature_extraction"
+        return breakers.get(name) or get_circuit_breaker(name)
 
-    extraction.get_circuit_breaker = get
+    dispatch.get_circuit_breaker = get
 
 
-def _keep_workers_waiting() -> None:
-    """Have a fixed number of workers, and one feature set after the other."""
-    from audio_assets import extraction
+def _fix_number_of_workers() -> None:
+    """Have no other worker beside one that hangs."""
     from robustness import worker_pool
 
     worker_pool._IDLE_SECONDS = math.inf
-    extraction.LATE_S = math.inf
 
 
 # Plain Dagster: an asset per feature set that loops over the files, stock retries, stock executor.
@@ -87,8 +86,8 @@ def _plain_asset(name, retry):  # noqa: ANN001, ANN202
     @dg.asset(name=name, retry_policy=retry)
     def extract(context: dg.AssetExecutionContext) -> None:
         from audio_assets.features import FEATURE_SETS
-        from audio_assets.worker import CellTask, run_attempt
         from benchmarks import injection
+        from benchmarks.plain import extract_row
 
         home = Path(os.environ["DAGSTER_HOME"])
         rows = home / f"{name}.jsonl"
@@ -101,7 +100,7 @@ def _plain_asset(name, retry):  # noqa: ANN001, ANN202
             pcm.parent.mkdir(exist_ok=True)
             injection.entering(name)
             try:
-                row = run_attempt(CellTask(path, FEATURE_SETS[name], pcm)).row
+                row = extract_row(path, FEATURE_SETS[name], pcm)
             except Exception as error:  # noqa: BLE001 - the next file may do
                 context.log.error(f"{path}: {error}")
                 failed.append(path)
@@ -139,3 +138,7 @@ def _run_plain(library: str) -> None:
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":
+    from benchmarks import injection
+
+    injection.install()

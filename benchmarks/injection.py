@@ -16,10 +16,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import audio_assets.worker
+import audio_assets.extraction.worker
 from audio_assets.audio import Audio, DecoderName, SourceInfo
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Row
+from audio_assets.library import FileStamp
 
 PLAN = "AUDIO_ASSETS_BENCHMARK_PLAN"
 
@@ -27,7 +28,7 @@ HANG_S = 3600.0
 _HOG_STEP_MIB = 64
 _HOG_STEP_S = 0.05
 
-_decode = audio_assets.worker.decode
+_decode = audio_assets.extraction.worker.decode
 _originals: dict[str, dict[str, Callable[[Audio], Row]]] = {
     name: {"primary": feature_set.extract, "alternative": feature_set.extract_alternative}
     for name, feature_set in FEATURE_SETS.items()
@@ -52,18 +53,17 @@ def install() -> None:
             extract=Faulty(name, "primary"),
             extract_alternative=Faulty(name, "alternative"),
         )
-    audio_assets.worker.decode = _decode_with_faults
+    audio_assets.extraction.worker.decode = _decode_with_faults
+    # A file is decoded for the first of its feature sets that needs audio.
+    entering(next(name for name, each in FEATURE_SETS.items() if each.reads_pcm))
 
 
 @dataclass(frozen=True)
 class Faulty:
-    """An extractor with the plan's faults; it reaches a worker as a reference to `_arrive`."""
+    """An extractor with the plan's faults."""
 
     feature_set: str
     extractor: str
-
-    def __reduce__(self) -> tuple[Callable[..., "Faulty"], tuple[str, str]]:
-        return _arrive, (self.feature_set, self.extractor)
 
     def __call__(self, audio: Audio) -> Row:
         name = audio.path.name
@@ -89,25 +89,24 @@ class _Call:
     decoding = False
 
 
-def _arrive(feature_set: str, extractor: str) -> Faulty:
-    _Call.feature_set = feature_set
-    _Call.decoding = False
-    audio_assets.worker.decode = _decode_with_faults
-    return Faulty(feature_set, extractor)
-
-
 def entering(feature_set: str) -> None:
-    """Name the feature set whose turn it is, where nothing arrives in a worker."""
+    """Name the feature set that audio is decoded for."""
     _Call.feature_set = feature_set
     _Call.decoding = False
 
 
-def _decode_with_faults(path: Path, target: Path, *, decoder: DecoderName = "av") -> SourceInfo:
+def _decode_with_faults(
+    path: Path,
+    target: Path,
+    *,
+    decoder: DecoderName = "av",
+    stamp: FileStamp | None = None,
+) -> SourceInfo:
     _trace("attempt", path.name, _Call.feature_set)
     fault = plan()["decode"].get(path.name)
     if fault:
         _strike(fault, path.name, _Call.feature_set, path)
-    source = _decode(path, target, decoder=decoder)
+    source = _decode(path, target, decoder=decoder, stamp=stamp)
     _Call.decoding = True
     return source
 

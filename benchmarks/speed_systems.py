@@ -182,29 +182,27 @@ class Watch:
         setattr(owner, name, watched)
 
 
-def timed_attempt(task: Any) -> Any:
-    """Make an attempt and append the CPU time of its parts to the report's list."""
-    import audio_assets.worker as worker
+def timed_decode(*args: Any) -> Any:
+    """Decode, and append the CPU time to the report's list."""
+    from audio_assets.extraction.worker import decode_file
 
-    spent = {"decode": 0.0}
-    decode = worker.decode
+    return _timed("decode", decode_file, *args)
 
-    def timed_decode(*args: Any, **kwargs: Any) -> Any:
-        began = time.process_time()
-        try:
-            return decode(*args, **kwargs)
-        finally:
-            spent["decode"] += time.process_time() - began
 
+def timed_extract(file: Any, feature_set: Any, *args: Any) -> Any:
+    """Extract, and append the CPU time to the report's list."""
+    from audio_assets.extraction.worker import extract
+
+    return _timed(feature_set.name, extract, file, feature_set, *args)
+
+
+def _timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
     began = time.process_time()
-    worker.decode = timed_decode
     try:
-        return worker.run_attempt(task)
+        return function(*args)
     finally:
-        worker.decode = decode
-        spent[task.feature_set.name] = time.process_time() - began - spent["decode"]
         with Path(f"{os.environ[REPORT]}.parts").open("a") as file:
-            file.write(json.dumps(spent) + "\n")
+            file.write(json.dumps({name: time.process_time() - began}) + "\n")
 
 
 def _run_project(library: str) -> None:
@@ -212,12 +210,11 @@ def _run_project(library: str) -> None:
 
     import audio_assets.analysis
     import audio_assets.cli
-    import audio_assets.extraction
-    from audio_assets.identification import Identification
-    from audio_assets.scratch import Scratch
+    from audio_assets.extraction import dispatch
+    from audio_assets.extraction.engine import Engine
     from audio_assets.warehouse.landing import Landing
     from audio_assets.warehouse.publisher import Publisher
-    from benchmarks.speed_systems import timed_attempt as importable
+    from benchmarks import speed_systems as importable
     from robustness.adaptive_timeout import AdaptiveTimeoutManager
     from robustness.state import StateStore
     from robustness.worker_pool import WorkerPool
@@ -233,9 +230,9 @@ def _run_project(library: str) -> None:
         (Publisher, "publish", "publishing"),
         (StateStore, "transact", "state store"),
         (StateStore, "query", "state store"),
-        (Scratch, "trim", "trimming the scratch"),
+        (dispatch.Dispatcher, "_next_task", "handing out stages"),
+        (Engine, "_conclude", "taking in results"),
         (WorkerPool, "_run_lane", "workers' lanes (IPC)"),
-        (Identification, "look_at", "identifying files"),
         (AdaptiveTimeoutManager, "timeout_in_force", "timeouts"),
         (AdaptiveTimeoutManager, "record_performance", "timeouts"),
         (audio_assets.analysis, "run_batches", "Dagster and the rest of a run"),
@@ -251,7 +248,8 @@ def _run_project(library: str) -> None:
 
     audio_assets.analysis.run_batches = noted
     if CANNED not in os.environ:
-        audio_assets.extraction.run_attempt = importable
+        dispatch.decode_file = importable.timed_decode
+        dispatch.extract = importable.timed_extract
     audio_assets.cli._show_results = lambda *_: 0  # it shows columns of all feature sets
     try:
         audio_assets.cli.app(["analyze", library])
@@ -303,13 +301,13 @@ def _plain_asset(name):  # noqa: ANN001, ANN202
     @dg.asset(name=name)
     def extract(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
         from audio_assets.features import FEATURE_SETS
-        from audio_assets.worker import CellTask, run_attempt
+        from benchmarks.plain import extract_row
 
         pcm = Path(os.environ["DAGSTER_HOME"]) / f"{context.run_id} {name}.npy"
         path = Path(context.run.tags["file"])
-        result = run_attempt(CellTask(path, FEATURE_SETS[name], pcm))
+        row = extract_row(path, FEATURE_SETS[name], pcm)
         pcm.unlink(missing_ok=True)
-        return dg.MaterializeResult(metadata={"row": json.dumps(result.row, default=str)})
+        return dg.MaterializeResult(metadata={"row": json.dumps(row, default=str)})
 
     return extract
 

@@ -5,6 +5,10 @@ import io
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +24,7 @@ from audio_assets.file_keys import encode_key
 from audio_assets.sample_library import SampleTrack, make_sample_library
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import FILES, warehouse_tables
-from tests.conftest import Home, make_home, write_tone
+from tests.conftest import PROJECT, Home, make_home, write_tone
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +165,39 @@ def test_bad_input_is_told_in_one_line(home: Home, tmp_path: Path) -> None:
         assert "Traceback" not in done.stdout + done.stderr
         assert done.stdout.strip()
     assert not (home.path / "library_roots.json").exists()
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["computing", "waiting"])
+def test_ctrl_c_ends_the_whole_command(home: Home, tmp_path: Path, *, waits: bool) -> None:
+    library = tmp_path / "music"
+    library.mkdir()
+    for number in range(6):
+        write_tone(library / f"{number}.wav", 200.0 + 50 * number, seconds=20.0)
+    home = replace(home, variables={"AUDIO_ASSETS_BATCH_SIZE": "2"})
+    if waits:
+        force_open = "get_circuit_breaker('feature:metadata').force_open()"
+        subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                f"from robustness.circuit_breaker import get_circuit_breaker; {force_open}",
+            ],
+            env=home.environment(),
+            cwd=PROJECT,
+            check=True,
+        )
+    run = home.start("analyze", str(library))
+    landed = home.path / "landing" / "features" / ("musicnn" if waits else "metadata")
+    while not list(landed.glob("*.parquet")):
+        assert run.poll() is None
+        time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    output, errors = run.communicate(timeout=60)
+    assert run.returncode == 130, output + errors
+    assert "Interrupted" in output
+    assert "Traceback" not in output + errors
+    with dg.DagsterInstance.from_config(str(home.path)) as instance:
+        assert instance.get_runs_count() == 1
 
 
 def test_queries_from_a_file_and_as_csv(analysed: tuple[Home, str], tmp_path: Path) -> None:

@@ -105,14 +105,14 @@ class Dispatcher:
                 if self._flights:
                     return None
                 candidates = iter((stage, *candidates))
-            refused: set[str] = set()
+            refused: set[str | None] = set()
             for stage in candidates:
                 if stage.breaker in refused:
                     continue
                 try:
                     return self._launch(stage, pid)
                 except CircuitBreakerOpenError as refusal:
-                    refused.add(refusal.name)
+                    refused.add(stage.breaker)
                     # What is under way may be the probe that closes the breaker.
                     if all(flight.stage.breaker != stage.breaker for flight in self._flights):
                         stage.state = StageState.RUNNING

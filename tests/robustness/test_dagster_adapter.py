@@ -23,7 +23,13 @@ from dagster._core.execution.plan.objects import ErrorSource
 
 from robustness.dagster import SmartRetryPolicy, log_to
 from robustness.settings import get_settings
-from robustness.smart_retry import JITTER, RetryStrategy, get_retry_manager, set_testing
+from robustness.smart_retry import (
+    JITTER,
+    DeferredError,
+    RetryStrategy,
+    get_retry_manager,
+    set_testing,
+)
 from robustness.state import reset_state_store
 from tests.robustness import dagster_jobs
 
@@ -154,13 +160,32 @@ def test_logs_and_transitions_reach_the_run(instance: DagsterInstance, tmp_path:
 
 
 def test_copied_policy_is_the_same() -> None:
-    policy = SmartRetryPolicy(max_retries=5, strategy="fibonacci", operation="mfcc")
+    policy = SmartRetryPolicy(5, strategy="fibonacci", operation="mfcc", longest_sleep=2.0)
     for other in (pickle.loads(pickle.dumps(policy)), copy.deepcopy(policy)):
         assert isinstance(other, SmartRetryPolicy)
         assert isinstance(other, RetryPolicy)
         assert other.max_retries == 5
         assert other.strategy is RetryStrategy.FIBONACCI
         assert other.operation == "mfcc"
+        assert other.longest_sleep == 2.0
+
+
+def test_what_is_deferred_says_itself_when_to_come_back() -> None:
+    policy = SmartRetryPolicy(strategy="constant")
+    try:
+        raise DeferredError("three files wait", 90.0)
+    except DeferredError:
+        assert policy.calculate_delay(1) == 90.0
+
+
+def test_a_step_that_can_wait_by_itself_is_retried_soon() -> None:
+    policy = SmartRetryPolicy(strategy="constant", longest_sleep=2.0)
+    assert policy.time_left == 0.0
+    try:
+        raise DeferredError("three files wait", 90.0)
+    except DeferredError:
+        assert policy.calculate_delay(1) == 2.0
+    assert 2.0 < policy.time_left <= 90.0
 
 
 def test_waits_can_be_made_instant() -> None:

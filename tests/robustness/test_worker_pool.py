@@ -27,6 +27,7 @@ from robustness.worker_pool import (
     WorkerMemoryError,
     WorkerPool,
     WorkerStartError,
+    WorkerTask,
     WorkerTimeoutError,
     report_stage,
 )
@@ -82,6 +83,33 @@ def test_no_file_handles_left_fails_the_task_and_not_the_pool(pool: WorkerPool) 
     # The fork server may have died of it, too; the next worker starts another one.
     wait_for(lambda: pool.submit(tasks.double, 1, timeout=AMPLE).exception() is None)
     assert_unharmed(pool)
+
+
+def test_idle_workers_draw_tasks_from_a_source(pool: WorkerPool) -> None:
+    waiting = [WorkerTask(tasks.double, value, timeout=AMPLE) for value in range(20)]
+    drawn = list(waiting)
+    asked: set[int] = set()
+
+    def source(pid: int) -> WorkerTask | None:
+        asked.add(pid)
+        return waiting.pop() if waiting else None
+
+    pool.draw_from(source)
+    assert [task.future.result(AMPLE) for task in drawn] == [2 * value for value in range(20)]
+    assert asked <= {*pool.worker_pids, 0}
+    more = WorkerTask(tasks.double, 7, timeout=AMPLE)
+    waiting.append(more)
+    pool.wake()
+    assert more.future.result(AMPLE) == 14
+    assert pool.submit(tasks.double, 1, timeout=AMPLE).result() == 2
+
+
+def test_a_source_that_fails_harms_nobody(
+    pool: WorkerPool, caplog: pytest.LogCaptureFixture
+) -> None:
+    pool.draw_from(lambda _: [][0])
+    assert pool.submit(tasks.double, 1, timeout=AMPLE).result() == 2
+    assert "source of tasks failed" in caplog.text
 
 
 def test_returns_results_in_the_order_of_the_futures(pool: WorkerPool) -> None:

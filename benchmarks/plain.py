@@ -1,0 +1,15 @@
+"""One feature set of one file, as somebody calls the extractors who has nothing but them."""
+
+from pathlib import Path
+
+from audio_assets.extraction.worker import FileRef, decode_file, extract
+from audio_assets.features.base import FeatureSet, Row
+from audio_assets.library import FileStamp
+
+
+def extract_row(path: Path, feature_set: FeatureSet, pcm: Path) -> Row:
+    """Extract a feature set, decoding the file to `pcm` first where that is needed."""
+    file = FileRef(path, FileStamp.of(path.stat()), pcm)
+    if feature_set.reads_pcm and not pcm.exists():
+        decode_file(file, "av")
+    return extract(file, feature_set, "primary", None).row

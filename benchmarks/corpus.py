@@ -8,9 +8,11 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
+import soxr
 
 from audio_assets.sample_library import make_sample_library
 from benchmarks.measure import PROJECT
@@ -20,6 +22,21 @@ _EDGE_SAMPLES = 4410
 _BLOCK_SAMPLES = 1 << 16
 
 
+class Sampling(NamedTuple):
+    """A sample rate (Hz) and a number of channels."""
+
+    sample_rate: int
+    channels: int
+
+    def __str__(self) -> str:
+        channels = {1: "mono", 2: "stereo"}.get(self.channels, f"{self.channels} channels")
+        return f"{self.sample_rate / 1000:g} kHz {channels}"
+
+
+FULL_RATE = Sampling(44100, 2)
+HALF_RATE = Sampling(22050, 1)
+
+
 @dataclass(frozen=True)
 class Source:
     """Recordings to make a library from.
@@ -27,43 +44,71 @@ class Source:
     Parameters
     ----------
     kind : str
-        ``library``, ``recordings`` or ``sample library``; what the results say.
+        ``library``, ``recordings`` or ``sample library``, and what was done to it.
     files : sequence of Path
         What libsndfile reads of them.
+    sampling : Sampling, optional
+        That of all that is made from them; by default each recording's own.
     """
 
     kind: str
     files: Sequence[Path]
+    sampling: Sampling | None = None
+
+    def about(self) -> dict[str, Any]:
+        """Return what the results say of it; what differs from file to file is None."""
+        sample_rate, channels = self.sampling or (None, None)
+        return {"kind": self.kind, "sample_rate": sample_rate, "channels": channels}
 
 
-def find_source(scratch: Path) -> Source:
-    """Return LIBRARY's files, else the test recordings, else a synthesized sample library."""
-    candidates = [
+def find_source(scratch: Path, sampling: Sampling | None = None) -> Source:
+    """Return LIBRARY's files, else the test recordings, else a synthesized sample library.
+
+    Parameters
+    ----------
+    scratch : Path
+        Where the sample library is made.
+    sampling : Sampling, optional
+        Take only files that have it. Where there are none with HALF_RATE, those with FULL_RATE
+        will be converted.
+    """
+    shared = PROJECT.parent / "shared" / "audio"
+    for kind, directory in (
         ("library", os.environ.get("LIBRARY")),
         ("recordings", os.environ.get("AUDIO_TEST_RECORDINGS")),
-        ("recordings", str(PROJECT.parent / "shared" / "audio")),
-    ]
-    for kind, directory in candidates:
-        if directory and Path(directory).expanduser().is_dir():
-            files = _readable(Path(directory).expanduser())
+        ("recordings", sampling and shared / "music44"),  # music, where one kind will do
+        ("recordings", shared),
+    ):
+        if directory:
+            readable = _readable(Path(directory).expanduser())
+            if kind == "library" and not readable:
+                raise SystemExit(
+                    f"LIBRARY={directory} is no directory with audio that can be read."
+                )
+            files = [path for path, its in readable.items() if sampling in (None, its)]
             if files:
-                return Source(kind, files)
-        if directory and kind == "library":
-            raise SystemExit(f"LIBRARY={directory} is no directory with audio that can be read.")
-    directory = str(scratch / "sample_library")
-    make_sample_library(Path(directory))
-    return Source("sample library", _readable(Path(directory)))
+                return Source(kind, files, sampling)
+            if kind == "library":
+                break
+    if sampling == HALF_RATE:
+        full = find_source(scratch, FULL_RATE)
+        return Source(f"{full.kind}, downmixed and resampled by soxr", full.files, sampling)
+    directory = scratch / "sample_library"
+    faulty = {track.path for track in make_sample_library(directory) if track.fault}
+    files = [path for path, its in _readable(directory).items() if sampling in (None, its)]
+    return Source("sample library", [path for path in files if path not in faulty], sampling)
 
 
-def _readable(directory: Path) -> list[Path]:
-    found = []
+def _readable(directory: Path) -> dict[Path, Sampling]:
+    found = {}
     for path in sorted(directory.rglob("*")):
         if path.is_file():
             try:
-                if soundfile.info(path).duration >= 1:
-                    found.append(path)
+                info = soundfile.info(path)
             except soundfile.LibsndfileError:
                 continue
+            if info.duration >= 1:
+                found[path] = Sampling(info.samplerate, info.channels)
     return found
 
 
@@ -101,6 +146,9 @@ def make_library(
         recording = source.files[number % len(source.files)]
         samples, rate = soundfile.read(recording, dtype="float32", always_2d=True)
         samples = samples[:, :2]
+        if source.sampling == HALF_RATE and (rate, samples.shape[1]) != HALF_RATE:
+            mono = samples.mean(axis=1, keepdims=True)
+            samples, rate = soxr.resample(mono, rate, HALF_RATE.sample_rate), HALF_RATE.sample_rate
         wanted = round(seconds * rate)
         start = rng.randrange(max(len(samples) - wanted, 1))
         samples = np.resize(samples[start:], (wanted, samples.shape[1])) * rng.uniform(0.5, 0.99)

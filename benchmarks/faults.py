@@ -458,7 +458,7 @@ def run(*, quick: bool, seed: int, scratch: Path, systems: Sequence[str]) -> dic
         "machine": machine(),
         "seed": seed,
         "quick": quick,
-        "source": source.kind,
+        "source": source.about(),
         "library": {
             "files": len(names) + len(damaged),
             "damaged": damaged,

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.corpus import HALF_RATE, Sampling
 from benchmarks.measure import PROJECT, RESULTS
 
 SYSTEMS = {"plain": "plain Dagster", "fixed": "fixed settings", "product": "this project"}
@@ -17,6 +18,11 @@ CONTESTANTS = {
     "project": "this project",
     "essentia": "MusicExtractor",
     "plain": "plain Dagster, a run per file",
+}
+COMPARISONS = {
+    "with_musicnn": "all feature sets",
+    "without_musicnn": "without MusiCNN",
+    "without_musicnn_22050_mono": "without MusiCNN",
 }
 _INK, _ACCENT = "#8a8f98", "#2f6fb2"
 
@@ -40,8 +46,29 @@ def about(results: Mapping[str, Any]) -> str:
     return (
         f"{machine['at'][:10]}, {machine['usable_cores']} cores ({machine['cpu']}, load "
         f"{machine['load_at_start']:g} at the start), {machine['memory_gib']:g} GiB, "
-        f"Python {machine['python']}, {versions}. Audio from: {results['source']}.{quick}"
+        f"Python {machine['python']}, {versions}.{quick}"
     )
+
+
+def audio(source: Mapping[str, Any] | str) -> tuple[str, str]:
+    """Return the sample rate and channels of a source, and where it is from.
+
+    Results that name only where their audio is from had it of any kind.
+    """
+    if isinstance(source, str) or source["sample_rate"] is None:
+        kind = source if isinstance(source, str) else source["kind"]
+        return "mixed sample rates and channels", kind
+    return str(Sampling(source["sample_rate"], source["channels"])), source["kind"]
+
+
+def comparisons(results: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
+    """Return what each comparison was made on, where its audio is from, and its figures."""
+    found = []
+    for name, title in COMPARISONS.items():
+        if systems := results.get(name):
+            sampling, kind = audio(systems.get("source") or results["source"])
+            found.append((f"{sampling}, {title}", kind, systems))
+    return found
 
 
 def faults_section(results: Mapping[str, Any]) -> str:
@@ -96,7 +123,8 @@ def faults_section(results: Mapping[str, Any]) -> str:
         [
             "## Faults",
             f"`make bench-faults`: {library['files']} files, {len(library['damaged'])} of them "
-            f"damaged, the others {library['seconds_per_file']:g} s long. {about(results)}",
+            f"damaged, the others {library['seconds_per_file']:g} s long. {about(results)} "
+            "Audio: {}, from {}.".format(*audio(results["source"])),
             table(header, rows),
             f"Without faults the project takes {calm['wall_s']:.0f} s for this library.",
             "![Cells had over time](images/benchmark-faults.svg)",
@@ -113,13 +141,9 @@ def compare_section(results: Mapping[str, Any]) -> str:
     parts = [
         "## Speed",
         f"`python -m benchmarks.speed --minutes {minutes:.0f}`: {results['files']} tracks of "
-        f"{results['seconds_per_file']:g} s; without MusiCNN, and of plain Dagster, some of them. "
-        f"{about(results)}",
+        f"{results['seconds_per_file']:g} s, fewer where a table says so. {about(results)}",
     ]
-    for name, title in (
-        ("with_musicnn", "All feature sets"),
-        ("without_musicnn", "Without MusiCNN"),
-    ):
+    for what, kind, systems in comparisons(results):
         rows = [
             (
                 label,
@@ -129,20 +153,21 @@ def compare_section(results: Mapping[str, Any]) -> str:
                 figure(s["wall_s"], " s"),
             )
             for system, label in CONTESTANTS.items()
-            if (s := results[name].get(system))
+            if (s := systems.get(system))
         ]
         header = (
-            title,
+            what,
             "audio",
             "seconds of audio per second",
             "CPU per second of audio",
             "wall time",
         )
-        parts.append(table(header, rows))
+        parts += [f"Audio: {what.partition(', ')[0]}, from {kind}.", table(header, rows)]
     parts.append("![CPU time per second of audio](images/benchmark-speed.svg)")
-    ratios = results["ratios"].items()
-    parts.append(table(("ratio", "found"), [(name, f"{value:.2f}") for name, value in ratios]))
-    parts.append("Where the project's CPU time goes, all feature sets:")
+    ratios = sorted(results["ratios"], key=lambda name: name.startswith(str(HALF_RATE)))
+    rows = [(name, f"{results['ratios'][name]:.2f}") for name in ratios]
+    parts.append(table(("ratio", "found"), rows))
+    parts.append(f"Where the project's CPU time goes, {comparisons(results)[0][0]}:")
     project, bare = results["with_musicnn"]["project"], results["with_musicnn"]["bare"]
     inner = [
         (name, figure(seconds, " s", 2), figure(bare["parts_cpu_s"].get(name), " s", 2))
@@ -187,7 +212,8 @@ def orchestration_section(results: Mapping[str, Any]) -> str:
         [
             "## Cost of a file that costs nothing",
             f"Feature sets that return at once ({runs[-1]['feature_sets']} of them), so that only "
-            f"the project's own work counts, less start and first batch. {about(results)}",
+            f"the project's own work counts, less start and first batch. {about(results)} "
+            "Audio: 8 kHz mono, tones of a twentieth of a second, which nothing analyses.",
             table(("files", "wall time per file", "CPU per file", "whole run"), rows),
             "![Cost per file](images/benchmark-orchestration.svg)",
             "Where the main process's CPU time goes, but for its start, per file:",
@@ -227,7 +253,8 @@ def plot(found: Mapping[str, Mapping[str, Any]], images: Path) -> None:
     images.mkdir(parents=True, exist_ok=True)
 
     def save(name: str) -> None:
-        pyplot.gca().spines[["top", "right"]].set_visible(False)
+        for axes in pyplot.gcf().axes:
+            axes.spines[["top", "right"]].set_visible(False)
         pyplot.tight_layout()
         pyplot.savefig(images / f"benchmark-{name}.svg", metadata={"Date": None})
         pyplot.close()
@@ -249,19 +276,21 @@ def plot(found: Mapping[str, Mapping[str, Any]], images: Path) -> None:
         pyplot.legend(frameon=False)
         save("faults")
     if "speed-compare" in found:
-        compare = found["speed-compare"]
-        bars = [
-            (f"{label}{', without MusiCNN' if name == 'without_musicnn' else ''}", system, s)
-            for name in ("with_musicnn", "without_musicnn")
-            for system, label in CONTESTANTS.items()
-            if (s := compare[name].get(system))
+        parts = [
+            (what, [(CONTESTANTS[n], n, systems[n]) for n in CONTESTANTS if n in systems])
+            for what, _, systems in comparisons(found["speed-compare"])
         ]
-        pyplot.figure(figsize=(7, 3.2))
-        values = [s["cpu_s_per_audio_s"] * 1000 for *_, s in bars]
-        colours = [_ACCENT if system == "project" else _INK for _, system, _ in bars]
-        drawn = pyplot.barh([label for label, *_ in bars], values, color=colours)
-        pyplot.bar_label(drawn, fmt="%.0f", padding=3)
-        pyplot.gca().invert_yaxis()
+        heights = [len(bars) for _, bars in parts]
+        _, axes = pyplot.subplots(
+            len(parts), figsize=(7, 0.45 * sum(heights) + 1), sharex=True, height_ratios=heights
+        )
+        for part, (what, bars) in zip(axes, parts, strict=True):
+            values = [s["cpu_s_per_audio_s"] * 1000 for *_, s in bars]
+            colours = [_ACCENT if system == "project" else _INK for _, system, _ in bars]
+            drawn = part.barh([label for label, *_ in bars], values, color=colours)
+            part.bar_label(drawn, fmt="%.0f", padding=3)
+            part.set_title(what, loc="left", fontsize="medium")
+            part.invert_yaxis()
         pyplot.xlabel("CPU time per second of audio (ms)")
         save("speed")
     if "speed-orchestration" in found:

@@ -17,7 +17,13 @@ from typing import Any
 from audio_assets.audio import Audio, decode
 from audio_assets.features import FEATURE_SETS
 from audio_assets.settings import AudioAssetsSettings
-from benchmarks.corpus import Source, find_source, make_library, make_tiny_library
+from benchmarks.corpus import (
+    FULL_RATE,
+    HALF_RATE,
+    find_source,
+    make_library,
+    make_tiny_library,
+)
 from benchmarks.measure import (
     PROJECT,
     clean_environment,
@@ -76,7 +82,6 @@ def run_system(
 
 
 def compare(
-    source: Source,
     scratch: Path,
     feature_sets: Sequence[str],
     *,
@@ -86,27 +91,29 @@ def compare(
 ) -> dict[str, Any]:
     """Compare the systems on tracks of usual length, with and without MusiCNN."""
     count = max(round(minutes * 60 / seconds), 2)
-    files = make_library(source, scratch / "music", files=count, seconds=seconds, seed=1)
-    found: dict[str, Any] = {"files": count, "seconds_per_file": seconds}
+    found: dict[str, Any] = {"files": count, "seconds_per_file": seconds, "ratios": {}}
     without = [name for name in feature_sets if name != "musicnn"]
-    for name, sets, share, systems in (
-        ("with_musicnn", feature_sets, files, ("bare", "project")),
-        ("without_musicnn", without, files[:WITHOUT_FILES], ("bare", "project", "essentia")),
+    few = min(count, WITHOUT_FILES)
+    full, half = find_source(scratch, FULL_RATE), find_source(scratch, HALF_RATE)
+    tracks = make_library(full, scratch / "full rate", files=count, seconds=seconds, seed=1)
+    half_tracks = make_library(half, scratch / "half rate", files=few, seconds=seconds, seed=1)
+    for name, sets, source, files, systems in (
+        ("with_musicnn", feature_sets, full, tracks, ("bare", "project", "plain")),
+        ("without_musicnn", without, full, tracks[:few], ("bare", "project", "essentia", "plain")),
+        ("without_musicnn_22050_mono", without, half, half_tracks, ("bare", "project", "essentia")),
     ):
-        library, sample = scratch / name / "music", scratch / name / "sample"
-        for directory, some in ((library, share), (sample, files[:plain_files])):
-            directory.mkdir(parents=True)
+        found[name] = {"source": source.about()}
+        for system in systems:
+            some = files[:plain_files] if system == "plain" else files
+            library = scratch / name / f"{system}-music"
+            library.mkdir(parents=True)
             for path in some:
-                (directory / path.name).hardlink_to(path)
-        audio_s = len(share) * seconds
-        found[name] = {
-            system: _per_second(run_system(system, library, sets, scratch / name / system), audio_s)
-            for system in systems
-        }
-        _tell(found[name], name)
-        plain = run_system("plain", sample, sets, scratch / name / "plain")
-        found[name]["plain"] = _per_second(plain, plain_files * seconds)
-    found["ratios"] = _ratios(found)
+                (library / path.name).hardlink_to(path)
+            figures = run_system(system, library, sets, scratch / name / system)
+            found[name][system] = _per_second(figures, len(some) * seconds)
+            _tell(found[name][system], f"{source.sampling}, {name}", system)
+        title = "without MusiCNN" if sets is without else "all feature sets"
+        found["ratios"] |= _ratios(found[name], f"{source.sampling}, {title}")
     return found
 
 
@@ -118,37 +125,29 @@ def _per_second(figures: dict[str, Any], audio_s: float) -> dict[str, Any]:
     }
 
 
-def _ratios(found: Mapping[str, Any]) -> dict[str, float]:
-    def cpu(name: str, system: str) -> float:
-        return float(found[name][system]["cpu_s_per_audio_s"])
-
-    def wall(name: str, system: str) -> float:
-        return 1 / float(found[name][system]["audio_s_per_s"])
-
-    ratios = {}
-    for name in ("with_musicnn", "without_musicnn"):
-        ratios[f"project over bare, CPU, {name}"] = cpu(name, "project") / cpu(name, "bare")
-        ratios[f"project over bare, wall, {name}"] = wall(name, "project") / wall(name, "bare")
-        ratios[f"plain over project, wall, {name}"] = wall(name, "plain") / wall(name, "project")
-        project = found[name]["project"]
-        start = project["startup_cpu_s"]
-        ratios[f"project over bare, CPU, without start-up, {name}"] = (
-            project["cpu_s"] - start
-        ) / found[name]["bare"]["cpu_s"]
-    for kind, measure in (("CPU", cpu), ("wall", wall)):
-        ratios[f"MusicExtractor over project, {kind}, without_musicnn"] = measure(
-            "without_musicnn", "essentia"
-        ) / measure("without_musicnn", "project")
-    return ratios
+def _ratios(systems: Mapping[str, Any], which: str) -> dict[str, float]:
+    """Return the ratios of systems that ran on the same audio; every name says which."""
+    project, bare = systems["project"], systems["bare"]
+    ratios = {
+        "project over bare, CPU": project["cpu_s"] / bare["cpu_s"],
+        "project over bare, CPU, without start-up": (project["cpu_s"] - project["startup_cpu_s"])
+        / bare["cpu_s"],
+        "project over bare, wall": project["wall_s"] / bare["wall_s"],
+    }
+    if essentia := systems.get("essentia"):
+        ratios["MusicExtractor over project, CPU"] = essentia["cpu_s"] / project["cpu_s"]
+        ratios["MusicExtractor over project, wall"] = essentia["wall_s"] / project["wall_s"]
+    if plain := systems.get("plain"):
+        ratios["plain over project, wall"] = project["audio_s_per_s"] / plain["audio_s_per_s"]
+    return {f"{which}: {name}": value for name, value in ratios.items()}
 
 
-def _tell(systems: Mapping[str, Any], name: str) -> None:
-    for system, figures in systems.items():
-        print(
-            f"{name:16} {system:9} {figures['audio_s_per_s']:7.1f} s of audio per s, "
-            f"{figures['cpu_s_per_audio_s'] * 1000:6.1f} ms CPU per s of audio",
-            flush=True,
-        )
+def _tell(figures: Mapping[str, Any], which: str, system: str) -> None:
+    print(
+        f"{which:44} {system:9} {figures['audio_s_per_s']:7.1f} s of audio per s, "
+        f"{figures['cpu_s_per_audio_s'] * 1000:6.1f} ms CPU per s of audio",
+        flush=True,
+    )
 
 
 def orchestration(scratch: Path, sizes: Sequence[int], *, quick: bool) -> list[dict[str, Any]]:
@@ -226,18 +225,14 @@ def main() -> None:
     sizes = [3] if arguments.quick else arguments.tiny_files
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        source = find_source(scratch)
         for part in arguments.parts:
-            about = {"machine": machine(), "quick": arguments.quick, "source": source.kind}
+            about = {"machine": machine(), "quick": arguments.quick}
             match part:
                 case "compare":
                     found: Any = (
-                        compare(
-                            source, scratch, QUICK_SETS, minutes=0.1, seconds=3.0, plain_files=1
-                        )
+                        compare(scratch, QUICK_SETS, minutes=0.1, seconds=3.0, plain_files=1)
                         if arguments.quick
                         else compare(
-                            source,
                             scratch,
                             list(FEATURE_SETS),
                             minutes=arguments.minutes,

@@ -39,6 +39,7 @@ def test_faults(results: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # ten runs of whole systems, one after the other
 @pytest.mark.parametrize("part", ["compare", "orchestration", "layer"])
 def test_speed(results: Path, part: str) -> None:
     if part == "layer":
@@ -49,6 +50,16 @@ def test_speed(results: Path, part: str) -> None:
         project = found["with_musicnn"]["project"]
         assert set(project["parts_cpu_s"]) > {"decode", "rhythm", "musicnn"}
         assert 0 < project["main_cpu_s"] < project["cpu_s"]
+        for name, rate, channels in (
+            ("with_musicnn", 44100, 2),
+            ("without_musicnn", 44100, 2),
+            ("without_musicnn_22050_mono", 22050, 1),
+        ):
+            source = found[name]["source"]
+            assert (source["sample_rate"], source["channels"]) == (rate, channels)
+        for kind in ("44.1 kHz stereo", "22.05 kHz mono"):
+            name = f"{kind}, without MusiCNN: MusicExtractor over project, CPU"
+            assert found["ratios"][name] > 0
 
 
 @pytest.mark.slow
@@ -58,6 +69,13 @@ def test_report_of_all_results(results: Path, tmp_path: Path) -> None:
         pytest.skip("the commands before this one have not all run")
     command("report", "--results", str(results), "--docs", str(tmp_path))
     page = (tmp_path / "benchmarks.md").read_text()
+    for title in (
+        "44.1 kHz stereo, all feature sets",
+        "44.1 kHz stereo, without MusiCNN",
+        "22.05 kHz mono, without MusiCNN",
+    ):
+        assert f"| {title} |" in page
+        assert f"| {title}: project over bare, CPU |" in page
     for picture in ("faults", "speed", "orchestration"):
         assert f"images/benchmark-{picture}.svg" in page
         assert (tmp_path / "images" / f"benchmark-{picture}.svg").stat().st_size > 0

@@ -131,6 +131,13 @@ def delete_the_file(audio: Audio) -> Row:
     return sound(audio)
 
 
+def delete_the_first(audio: Audio) -> Row:
+    if _is_marked(audio) and _call_number(audio) == 1:
+        audio.path.unlink()
+        audio.path.read_bytes()
+    return sound(audio)
+
+
 def add_up(rows: list[Row], durations: list[float]) -> Row:
     return {"value": sum(row["value"] for row in rows)}
 

@@ -211,8 +211,19 @@ class Cell(Stage):
 
     @property
     def files(self) -> Sequence["FileWork"]:
-        """All files of which this cell is computed."""
+        """All files that end with this cell."""
         return (self.file, *self.followers)
+
+    def follow(self, leader: "Cell") -> None:
+        """End as the cell of another file with the same content does."""
+        self.leader, self.state = leader, StageState.WAITING
+        leader.followers.append(self.file)
+
+    def follow_nobody(self) -> None:
+        """Be computed for its own file."""
+        if self.leader:
+            self.leader.followers.remove(self.file)
+            self.leader, self.state = None, StageState.READY
 
 
 @dataclass(eq=False)
@@ -258,10 +269,15 @@ class FileWork:
     changes: int = 0
 
     def __post_init__(self) -> None:
+        self.cells: dict[str, Cell] = {}
         self.begin_anew()
 
     def begin_anew(self) -> None:
         """Forget what was done with the file: it has another content."""
+        for cell in self.cells.values():
+            cell.follow_nobody()
+            for follower in list(cell.followers):
+                follower.cells[cell.operation].follow_nobody()
         self.is_planned = False
         self.audio_s, self.decode_s, self.block_s = None, 0.0, None
         self.identify = Stage(self, IDENTIFY)

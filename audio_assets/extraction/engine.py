@@ -26,7 +26,6 @@ from audio_assets.extraction.cells import (
     FileWork,
     Stage,
     StageState,
-    Wait,
 )
 from audio_assets.extraction.dispatch import Dispatcher
 from audio_assets.extraction.outbox import Outbox
@@ -41,13 +40,13 @@ from audio_assets.extraction.recovery import (
 )
 from audio_assets.extraction.results import Flight, Results
 from audio_assets.extraction.scratch import Scratch
-from audio_assets.extraction.worker import CellResult, Identity, storage_problem
+from audio_assets.extraction.waits import Waits
+from audio_assets.extraction.worker import CellResult, Identity
 from audio_assets.features.base import FeatureSet, Row
 from audio_assets.file_keys import FileKeyError
 from audio_assets.library import FileStamp, Library
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import feature_table
-from robustness.adaptive_timeout import get_timeout_manager
 from robustness.circuit_breaker import CircuitBreakerOpenError
 from robustness.error_classifier import ErrorInfo, RecoveryStrategy
 from robustness.log_context import log_context
@@ -55,16 +54,10 @@ from robustness.quarantine import Quarantine
 from robustness.settings import get_settings
 from robustness.smart_retry import DeferredError, RetryStrategy, get_retry_manager
 from robustness.state import get_state_store
-from robustness.worker_pool import WorkerFuture, WorkerPool
-
-WAIT_SLACK_S = 0.1
-"""A wait that is over but for this much is over (s)."""
+from robustness.worker_pool import WorkerPool
 
 LONGEST_SLEEP_S = 0.5
 """How long the driver waits at most before it looks at what is due (s)."""
-
-MAX_REFUSALS = 3
-"""How often an open breaker may defer a stage before it is given up."""
 
 MAX_CHANGES = 3
 """How often a file may change under the analysis before it must wait."""
@@ -120,8 +113,8 @@ class Engine:
         self._pool = pool
         self._scratch = scratch
         self._settings = get_settings()
-        self._retries = get_retry_manager()
         self._dispatcher = Dispatcher(library, pool, scratch)
+        self._waits = Waits(library, pool, scratch)
         self._outbox = Outbox(landing)
         self._results = Results(run_id, library, self._outbox)
         self._feature_sets: Sequence[FeatureSet] = ()
@@ -130,9 +123,6 @@ class Engine:
         self._files: dict[str, FileWork] = {}
         self._leaders: dict[str, FileWork] = {}
         """The file, of those with the same content, whose audio is analysed."""
-        self._waiting: list[Stage] = []
-        self._looks: list[tuple[Stage, WorkerFuture[str | None]]] = []
-        """Looks whether the storage that a stage waits for is there."""
         self._unreported: dict[str, set[str]] = {}
         """Keys of the files whose cells are not reported yet, by feature set."""
         self._failed: dict[str, list[CellOutcome]] = defaultdict(list)
@@ -245,9 +235,7 @@ class Engine:
 
     def _sleep(self) -> None:
         """Wait for a stage to end, or for something to be due."""
-        now = time.monotonic()
-        waits = (stage.wait.until - now for stage in self._waiting if stage.wait)
-        seconds = min(LONGEST_SLEEP_S, *waits, self._outbox.due_in)
+        seconds = min(LONGEST_SLEEP_S, self._waits.next_end_in, self._outbox.due_in)
         self._take_end(max(seconds, 0.0))
 
     def _advance(self) -> None:
@@ -382,8 +370,7 @@ class Engine:
                 cell.state = StageState.FAILED
                 self._results.failed(leader, file.key, leader.error, noted_as="given_up")
         else:
-            cell.state, cell.leader = StageState.WAITING, leader
-            leader.followers.append(file)
+            cell.follow(leader)
 
     # How stages end
 
@@ -447,7 +434,7 @@ class Engine:
             self._results.gave_up_retrying(flight)
             self._give_up(stage, error)
             return
-        within_budget = not stage.has_budget or self._retries.try_spend(stage.operation)
+        within_budget = not stage.has_budget or get_retry_manager().try_spend(stage.operation)
         stage.tried.append(recovery)
         stage.options = apply_recovery(recovery, stage.options, stage.kind)
         if recovery is RecoveryStrategy.DATABASE_RECOVERY:
@@ -475,13 +462,13 @@ class Engine:
             self._results.failed(cell, file.key, error, noted_as=None if says_it else noted_as)
             if stage is not file.identify and not waited:
                 self._results.suspect(cell, error)
-            for follower in cell.followers:
+            for follower in list(cell.followers):
                 follows = follower.cells[cell.operation]
                 if concerns_copies(error):
                     follows.state = StageState.FAILED
                     self._results.failed(cell, follower.key, error, noted_as="given_up")
                 else:
-                    follows.leader, follows.state = None, StageState.READY
+                    follows.follow_nobody()
 
     # Files that change, and their audio
 
@@ -489,12 +476,6 @@ class Engine:
         """Take in what a file is; begin it anew if it is another than it was in this run."""
         before = file.identity
         if before and before.content_hash != identity.content_hash:
-            for cell in file.cells.values():
-                if cell.leader:
-                    cell.leader.followers.remove(file)
-                for follower in cell.followers:
-                    follows = follower.cells[cell.operation]
-                    follows.leader, follows.state = None, StageState.READY
             if self._leaders.get(before.content_hash) is file:
                 del self._leaders[before.content_hash]
                 self._scratch.drop(before.content_hash)
@@ -554,58 +535,17 @@ class Engine:
 
     def _defer(self, stage: Stage, error: ErrorInfo, strategy: RetryStrategy) -> None:
         """Have a stage wait; give it up if it has waited long enough."""
-        now = time.monotonic()
-        stage.began = stage.began or now
-        delay = self._retries.calculate_delay(
-            strategy,
-            len(stage.tried),
-            error_info=error,
-            operation=stage.operation,
-            file_size_mb=stage.file.size_mb,
-        )
-        waited = now - stage.began
-        overdue = waited + delay > self._settings.retry_total_seconds
-        if overdue or stage.refusals > MAX_REFUSALS:
-            last = stage.error or error
-            message = f"{last.message} (given up after {waited:.0f} s of waiting)"
-            self._give_up(stage, replace(last, message=message), waited=True)
+        if why := self._waits.defer(stage, error, strategy):
+            self._give_up(stage, why, waited=True)
             return
-        stage.error = stage.error or error
-        stage.wait, stage.waited_by = Wait(strategy, since=now, until=now + delay), strategy
         for cell in stage.cells:
             self._results.note(cell, [file.key for file in cell.files], "deferred", error)
-        stage.state = StageState.WAITING
-        self._waiting.append(stage)
 
     def _end_waits(self) -> None:
-        """Let stages go on whose waits are over, once their storage is there if that was away."""
-        now = time.monotonic()
-        over = [s for s in self._waiting if not s.wait or s.wait.until <= now + WAIT_SLACK_S]
-        self._waiting = [stage for stage in self._waiting if stage not in over]
-        for stage in over:
-            if stage.file.has_lost(stage):
-                continue
-            if not stage.options.check_storage:
-                stage.state = StageState.READY
-                continue
-            stage.state = StageState.RUNNING
-            look = self._pool.submit(
-                storage_problem,
-                self._library.path_of(stage.file.key),
-                self._library.root_of(stage.file.key),
-                self._scratch.directory,
-                stage.file.length_s,
-                timeout=get_timeout_manager().calculate_timeout(0.0, "metadata"),
-            )
-            self._looks.append((stage, look))
-        looks, self._looks = self._looks, []
-        for stage, look in looks:
-            if not look.done():
-                self._looks.append((stage, look))
-            elif (problem := look.exception() or look.result()) and stage.error:
-                away = replace(stage.error, message=str(problem))
+        """Let stages go on whose waits are over, once their storage is there."""
+        for stage, away in self._waits.over():
+            if away and not stage.file.has_lost(stage):
                 self._defer(stage, away, RetryStrategy.ADAPTIVE)
             else:
                 stage.state = StageState.READY
-        if over or looks:
-            self._pool.wake()
+            self._dispatcher.place(stage.file)

@@ -139,6 +139,11 @@ class Stage:
         return self.kind in (DECODE, EXTRACT)
 
     @property
+    def length_s(self) -> float | None:
+        """Length of the audio (s) by which its time goes; None if it goes by the file's size."""
+        return self.file.length_s if self.has_budget else None
+
+    @property
     def operation(self) -> str:
         """What retries and errors of it are counted under."""
         return self.kind

@@ -180,11 +180,10 @@ class Dispatcher:
         return task
 
     def _timeout(self, stage: Stage, name: str) -> TimeoutDecision:
-        file, timed_as = stage.file, stage.timed_as
         if name == "look":
             return self._timeouts.timeout_in_force("metadata", None)
-        size_mb = HASH_BLOCK_MIB if name == "hash" else file.size_mb
-        return self._timeouts.timeout_in_force(timed_as, file.length_s, file_size_mb=size_mb)
+        size_mb = HASH_BLOCK_MIB if name == "hash" else stage.file.size_mb
+        return self._timeouts.timeout_in_force(stage.timed_as, stage.length_s, file_size_mb=size_mb)
 
     def _call(self, stage: Stage) -> tuple[Callable[..., object], *tuple[object, ...]]:
         """Return the function that makes an attempt, and its arguments."""

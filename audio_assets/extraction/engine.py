@@ -431,7 +431,6 @@ class Engine:
                 flight, stage.cells[0], "failed", error=error, recovery=recovery
             )
         if recovery is None:
-            self._results.gave_up_retrying(flight)
             self._give_up(stage, error)
             return
         within_budget = not stage.has_budget or get_retry_manager().try_spend(stage.operation)
@@ -449,7 +448,7 @@ class Engine:
     def _give_up(self, stage: Stage, error: ErrorInfo, *, waited: bool = False) -> None:
         """Fail the cells that cannot be computed without a stage."""
         file, cells = stage.file, stage.cells
-        self._results.given_up(stage)
+        self._results.stage_given_up(stage)
         stage.error, stage.state = error, StageState.FAILED
         if stage is file.identify:
             self._results.identified(file)

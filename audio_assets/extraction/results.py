@@ -115,15 +115,13 @@ class Results:
 
     def stage_succeeded(self, flight: Flight) -> None:
         """Record an attempt that succeeded."""
-        stage, seconds = flight.stage, flight.seconds
+        stage = flight.stage
         if flight.permit:
-            flight.permit.succeeded(seconds)
-        self._count_attempt(stage)
-        if seconds is not None:  # the file was known: there was nothing to do
-            self._record_time(flight, seconds, success=True)
+            flight.permit.succeeded(flight.seconds)
+        self._count(flight, success=True)
         if stage.error:
             self._classifier.mark_recovered(stage.error)
-        self._record_retries(flight, success=True)
+        self._record_retries(stage, success=True)
 
     def stage_failed(self, flight: Flight, exception: BaseException, error: ErrorInfo) -> None:
         """Record an attempt that failed."""
@@ -131,43 +129,39 @@ class Results:
         if flight.permit:
             # One bad file must not open a breaker: its first fault counts, no later one.
             flight.permit.failed(exception, counts=error.systemic and not stage.attempts)
-        self._count_attempt(stage)
         stage.error = error
-        self._record_time(
-            flight,
-            flight.seconds or 0.0,
-            success=False,
-            timed_out=isinstance(exception, WorkerTimeoutError),
-        )
+        self._count(flight, success=False, timed_out=isinstance(exception, WorkerTimeoutError))
 
-    def _count_attempt(self, stage: Stage) -> None:
+    def stage_given_up(self, stage: Stage) -> None:
+        """Record that a stage is not tried any more."""
+        if stage.error:
+            self._classifier.mark_recovered(stage.error, recovered=False)
+        self._record_retries(stage, success=False)
+
+    def _count(self, flight: Flight, *, success: bool, timed_out: bool = False) -> None:
+        stage = flight.stage
         if stage.has_budget and not stage.attempts:
             self._retries.deposit(stage.operation)
         stage.attempts += 1
+        if flight.seconds is not None:
+            self._timeouts.record_performance(
+                stage.timed_as,
+                stage.file.size_mb,
+                flight.seconds,
+                success,
+                flight.timeout_s,
+                audio_seconds=stage.length_s,
+                timed_out=timed_out,
+            )
 
-    def _record_time(
-        self, flight: Flight, seconds: float, *, success: bool, timed_out: bool = False
-    ) -> None:
-        stage = flight.stage
-        self._timeouts.record_performance(
-            stage.timed_as,
-            stage.file.size_mb,
-            seconds,
-            success,
-            flight.timeout_s,
-            audio_seconds=stage.file.length_s,
-            timed_out=timed_out,
-        )
-
-    def _record_retries(self, flight: Flight, *, success: bool) -> None:
+    def _record_retries(self, stage: Stage, *, success: bool) -> None:
         """Let the retry manager learn from a stage that waited."""
-        stage = flight.stage
         if stage.waited_by and stage.began is not None:
             self._retries.record_outcome(
                 stage.waited_by,
                 stage.attempts,
                 success,
-                flight.finished - stage.began,
+                time.monotonic() - stage.began,
                 operation=stage.operation,
             )
 
@@ -183,12 +177,12 @@ class Results:
     ) -> None:
         """Add the record of an attempt at a cell: at extracting it, or decoding audio for it."""
         file, measurement = cell.file, flight.measurement
-        decode_s, file.decode_s = file.decode_s, 0.0
+        duration_s, decode_s = measurement.seconds, 0.0
         if flight.stage.kind == DECODE:
-            decode_s = measurement.seconds
-            duration_s = decode_s
-        else:
-            duration_s = measurement.seconds + decode_s
+            decode_s = duration_s
+        elif cell.feature_set.reads_pcm:
+            decode_s, file.decode_s = file.decode_s, 0.0
+            duration_s += decode_s
         elapsed = flight.finished - flight.submitted
         started_at = datetime.now(UTC) - timedelta(
             seconds=time.monotonic() - flight.finished + duration_s
@@ -289,15 +283,6 @@ class Results:
         if noted_as:
             self.note(cell, [file_key], noted_as, error)
         self._outbox.report(self._outcome(cell, file_key, CellStatus.FAILED, error=error))
-
-    def given_up(self, stage: Stage) -> None:
-        """Record that a stage is not tried any more."""
-        if stage.error:
-            self._classifier.mark_recovered(stage.error, recovered=False)
-
-    def gave_up_retrying(self, flight: Flight) -> None:
-        """Let the retry manager learn that a stage failed in the end."""
-        self._record_retries(flight, success=False)
 
     def _outcome(
         self,

@@ -4,9 +4,12 @@ VENV := .venv
 UV := $(VENV)/bin/uv
 DEV := $(VENV)/.installed
 BENCH := $(VENV)/.installed-bench
+PYTHONS := 3.11 3.12 3.13
 export DAGSTER_HOME ?= $(CURDIR)/dagster_home
 
-.PHONY: run dev test lint format screenshots bench-faults bench-speed clean
+PYTHON_TESTS := $(PYTHONS:%=test-python-%)
+
+.PHONY: run dev test test-pythons $(PYTHON_TESTS) lint format screenshots bench-faults bench-speed clean
 
 run: $(DEV) ## Analyse LIBRARY, or a sample library made for the purpose
 	$(VENV)/bin/audio-assets analyze $(if $(LIBRARY),"$(LIBRARY)")
@@ -14,10 +17,29 @@ run: $(DEV) ## Analyse LIBRARY, or a sample library made for the purpose
 dev: $(DEV) ## Dagster's webserver and daemon on http://localhost:3000
 	$(VENV)/bin/dagster dev --workspace workspace.yaml
 
-test: $(DEV) ## Everything that CI tests
-	$(VENV)/bin/pytest
+test: $(DEV) ## All tests, those of a file after one another
+	$(VENV)/bin/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
-lint: $(DEV) ## Style and types
+test-pythons: $(PYTHON_TESTS) ## An analysis on each promised Python that can be found here
+
+# uv passes over what is called python3.12 and does not run, as pyenv's may; what pyenv has installed
+# need not be on the PATH.
+$(PYTHON_TESTS): test-python-%: $(DEV)
+	@if $(VENV)/bin/python -V | grep -q ' $*\.'; then \
+	    echo 'Python $*: has all tests, in make test'; exit; \
+	fi; \
+	for bin in "$${PYENV_ROOT:-$$HOME/.pyenv}"/versions/$*.*/bin; do PATH=$$PATH:$$bin; done; \
+	python=$$($(UV) python find --system --no-project --no-python-downloads $* 2>/dev/null) || { \
+	    echo 'Python $*: SKIPPED, it cannot be found here'; exit; \
+	}; \
+	echo "Python $*: $$python"; \
+	export UV_PROJECT_ENVIRONMENT='$(CURDIR)/$(VENV)-$*'; \
+	$(UV) sync --frozen --quiet --python "$$python" && \
+	$(VENV)-$*/bin/python -V | grep ' $*\.' && \
+	$(VENV)-$*/bin/pytest tests/test_pipeline.py -k 'every_cell or known_tempo or no_nan'
+
+lint: $(DEV) ## Style and types, and that uv.lock is that of pyproject.toml
+	$(UV) lock --check --quiet
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
@@ -37,8 +59,8 @@ bench-speed: $(BENCH) ## What the project costs, beside its bare algorithms and 
 	LIBRARY="$(LIBRARY)" $(VENV)/bin/python -m benchmarks.speed
 	$(VENV)/bin/python -m benchmarks.report
 
-clean: ## Remove the environment; results in dagster_home stay
-	rm -rf $(VENV)
+clean: ## Remove the environments; results in dagster_home stay
+	rm -rf $(VENV) $(PYTHONS:%=$(VENV)-%)
 
 $(UV):
 	$(PYTHON) -m venv $(VENV)

@@ -466,9 +466,10 @@ def test_the_outer_deadline_holds_after_the_inner_one() -> None:
             spin()
         spin()
 
-    with pytest.raises(OperationTimeoutError) as caught, timeout_context(0.2):
+    # Far enough behind the inner one that a busy machine does not let both pass at once.
+    with pytest.raises(OperationTimeoutError) as caught, timeout_context(2.0):
         work()
-    assert caught.value.seconds == 0.2
+    assert caught.value.seconds == 2.0
 
 
 def test_three_deep(alarms: list[float]) -> None:

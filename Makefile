@@ -18,7 +18,8 @@ dev: $(DEV) ## Dagster's webserver and daemon on http://localhost:3000
 	$(VENV)/bin/dagster dev --workspace workspace.yaml
 
 test: $(DEV) ## All tests, those of a file after one another
-	$(VENV)/bin/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(VENV)/bin/pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+	    --no-loadscope-reorder
 
 test-pythons: $(PYTHON_TESTS) ## An analysis on each promised Python that can be found here
 

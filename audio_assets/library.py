@@ -336,7 +336,8 @@ def open_regular(path: str | Path, stamp: FileStamp | None = None) -> BinaryIO:
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
+            kind = errno.EISDIR if stat.S_ISDIR(status.st_mode) else errno.EINVAL
+            raise OSError(kind, "not a regular file", str(path))
         if stamp is not None and FileStamp.of(status) != stamp:
             raise FileChangedError
     except BaseException:

@@ -281,6 +281,15 @@ def test_network_retry(workbench: Workbench) -> None:
     ]
 
 
+def test_service_that_is_away_for_all_files_is_given_more_attempts(workbench: Workbench) -> None:
+    with _busy_server(workbench, *[503] * 4, 200):
+        result = workbench.run(faults.feature_set("asking", faults.ask_server), names=["bad.wav"])
+    assert result.materialized == {"bad.wav"}
+    assert [attempt["outcome"] for attempt in result.of("bad.wav")] == ["failed"] * 4 + [
+        "succeeded"
+    ]
+
+
 def test_step_that_was_retried_still_tells_what_failed_before(workbench: Workbench) -> None:
     (workbench.root / "c.wav").write_text("not audio at all\n" * 100)
     with _busy_server(workbench, 503, 200):

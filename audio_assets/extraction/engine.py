@@ -36,6 +36,7 @@ from audio_assets.extraction.recovery import (
     WAITS,
     apply_recovery,
     concerns_copies,
+    most_attempts,
     next_recovery,
 )
 from audio_assets.extraction.results import Flight, Results
@@ -423,7 +424,10 @@ class Engine:
         if stage.kind == DECODE and file.identity:
             self._scratch.drop(file.identity.content_hash)  # what a killed worker left of it
         recovery = None
-        if stage.attempts < self._settings.retry_max_attempts:
+        others_fail = self._results.others_fail_too(stage)
+        if stage.attempts < most_attempts(
+            error, self._settings.retry_max_attempts, others_fail=others_fail
+        ):
             recovery = next_recovery(error, stage.kind, stage.tried)
         if stage.cells:
             # A failed decode is an attempt at the cell that needed the audio first.

@@ -57,6 +57,7 @@ _ABOUT_COMPUTING = {
     ErrorType.UNKNOWN,
 }
 _ABOUT_ACCESS = {ErrorType.FILE_SYSTEM, ErrorType.PERMISSION}
+_ABOUT_SERVICES = {ErrorType.NETWORK, ErrorType.DATABASE}
 
 
 @dataclass(frozen=True)
@@ -172,6 +173,24 @@ def is_files_own_fault(error: ErrorInfo, *, others_succeed: bool) -> bool:
     return error.error_type in _ABOUT_CONTENT or (
         others_succeed and error.error_type in _ABOUT_COMPUTING
     )
+
+
+def most_attempts(error: ErrorInfo, usual: int, *, others_fail: bool) -> int:
+    """Return how many attempts are made at most at a stage.
+
+    While a service is away that other files need as well, attempts say nothing of the file: twice
+    as many are made, with longer waits, until the breaker has seen enough of it.
+
+    Parameters
+    ----------
+    error : ErrorInfo
+        What the last attempt failed of.
+    usual : int
+        ROBUSTNESS_RETRY_MAX_ATTEMPTS.
+    others_fail : bool
+        Whether no other file has succeeded meanwhile.
+    """
+    return 2 * usual if others_fail and error.error_type in _ABOUT_SERVICES else usual
 
 
 def concerns_copies(error: ErrorInfo) -> bool:

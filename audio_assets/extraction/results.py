@@ -93,6 +93,7 @@ class Results:
         self._quarantine = Quarantine()
         self._succeeding: set[str] = set()
         """Feature sets with which a file has succeeded at once."""
+        self._last_success: dict[str, float] = {}
         self._suspects: dict[str, list[tuple[Cell, str, ErrorInfo]]] = defaultdict(list)
 
     # Attempts
@@ -116,6 +117,7 @@ class Results:
     def stage_succeeded(self, flight: Flight) -> None:
         """Record an attempt that succeeded."""
         stage = flight.stage
+        self._last_success[stage.operation] = time.monotonic()
         if flight.permit:
             flight.permit.succeeded(flight.seconds)
         self._count(flight, success=True)
@@ -131,6 +133,10 @@ class Results:
             flight.permit.failed(exception, counts=error.systemic and not stage.attempts)
         stage.error = error
         self._count(flight, success=False, timed_out=isinstance(exception, WorkerTimeoutError))
+
+    def others_fail_too(self, stage: Stage) -> bool:
+        """Tell whether no file has succeeded with what a stage does since its first failure."""
+        return self._last_success.get(stage.operation, 0.0) < (stage.began or 0.0)
 
     def stage_given_up(self, stage: Stage) -> None:
         """Record that a stage is not tried any more."""

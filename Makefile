@@ -67,8 +67,11 @@ $(UV):
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade uv
 
+# As parts of librosa are first imported, Numba compiles them and keeps the code. Processes that do so
+# at once leave code that crashes all later ones (github.com/numba/numba/issues/10128).
 $(DEV): $(UV) pyproject.toml uv.lock
 	UV_PROJECT_ENVIRONMENT=$(CURDIR)/$(VENV) $(UV) sync --frozen --inexact --quiet
+	$(VENV)/bin/python -c 'import librosa.beat, librosa.feature'
 	touch $@
 
 $(BENCH): $(DEV)

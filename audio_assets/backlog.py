@@ -112,22 +112,12 @@ def known_identities(landing: Landing, file_keys: Collection[str]) -> dict[str, 
     }
 
 
-def release_files(file_keys: Collection[str], feature_set: str, landing: Landing) -> None:
-    """Let files' cells of a feature set out of quarantine.
-
-    Parameters
-    ----------
-    file_keys : collection of str
-        The files.
-    feature_set : str
-        The feature set.
-    landing : Landing
-        Where the inventory is.
-    """
-    contents = {known.content_hash for known in known_identities(landing, file_keys).values()}
+def release_contents(content_hashes: Collection[str], feature_sets: Collection[str]) -> None:
+    """Let the cells of some contents and feature sets out of quarantine."""
     quarantine = Quarantine()
-    for content_hash in quarantine.check_many(contents, feature_set):
-        quarantine.release(content_hash, feature_set)
+    for feature_set in feature_sets:
+        for content_hash in quarantine.check_many(content_hashes, feature_set):
+            quarantine.release(content_hash, feature_set)
 
 
 def inventory_row(file_key: str, path: Path, identity: Identity | None) -> Row:

@@ -326,6 +326,12 @@ class FileWork:
         """Those of them that are computed from decoded audio."""
         return [cell for cell in self.open_cells if cell.feature_set.reads_pcm]
 
+    @property
+    def runs_alone(self) -> bool:
+        """Whether an open stage of it must run with nothing beside it."""
+        stages = (self.identify, self.decode, *self.cells.values())
+        return any(stage.options.alone and stage.is_open for stage in stages)
+
     def has_lost(self, stage: Stage) -> bool:
         """Tell whether a stage belongs to a content that the file has no more."""
         return stage not in (self.identify, self.duration, self.decode, *self.cells.values())

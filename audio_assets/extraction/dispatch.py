@@ -60,6 +60,8 @@ class Dispatcher:
         self._unidentified: dict[FileWork, None] = {}
         self._identified: dict[FileWork, None] = {}
         self._planned: dict[FileWork, None] = {}
+        self._alone: dict[FileWork, None] = {}
+        """Files with a stage that runs alone."""
         self._flights: set[Flight] = set()
         self._last_file: dict[int, FileWork] = {}
         """The file that each worker was last at, by process id."""
@@ -80,6 +82,10 @@ class Dispatcher:
                         files_there.pop(file, None)
                 if place is not None:
                     place.setdefault(file)
+                if file.runs_alone:
+                    self._alone.setdefault(file)
+                else:
+                    self._alone.pop(file, None)
         self._pool.wake()
 
     def to_plan(self) -> list[FileWork]:
@@ -99,7 +105,7 @@ class Dispatcher:
         with self._lock:
             if any(flight.stage.options.alone for flight in self._flights):
                 return None
-            alone = (s for f in self._planned for s in f.ready() if s.options.alone)
+            alone = (s for f in self._alone for s in f.ready() if s.options.alone)
             candidates = self._candidates(pid)
             if stage := next(alone, None):
                 if self._flights:

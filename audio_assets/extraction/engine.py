@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
-from audio_assets.backlog import known_identities, release_files
+from audio_assets.backlog import known_identities, release_contents
 from audio_assets.errors import FileChangedError
 from audio_assets.extraction.cells import (
     Cell,
@@ -111,7 +111,6 @@ class Engine:
         self._run_id = run_id
         self._library = library
         self._landing = landing
-        self._pool = pool
         self._scratch = scratch
         self._settings = get_settings()
         self._dispatcher = Dispatcher(library, pool, scratch)
@@ -153,10 +152,10 @@ class Engine:
         """
         if self._has_begun:
             return
-        if release:
-            for feature_set in feature_sets:
-                release_files(file_keys, feature_set.name, self._landing)
         known = known_identities(self._landing, file_keys)
+        if release:
+            contents = {identity.content_hash for identity in known.values()}
+            release_contents(contents, [feature_set.name for feature_set in feature_sets])
         self._has_begun, self._force, self._feature_sets = True, force, feature_sets
         self._files = {key: FileWork(key, feature_sets, known.get(key)) for key in file_keys}
         self._unreported = {feature_set.name: set(file_keys) for feature_set in feature_sets}
@@ -164,7 +163,7 @@ class Engine:
             try:
                 self._library.path_of(file.key)
             except FileKeyError as error:
-                self._give_up(file.identify, self._results.classify(error, file.identify, 1))
+                self._give_up(file.identify, self._results.classify(error, file.identify))
         self._dispatcher.place(*self._files.values())
 
     def drive(self, feature_set: str, *, hold_s: float = 0.0) -> Iterator[CellOutcome]:
@@ -415,7 +414,7 @@ class Engine:
 
     def _failed_attempt(self, flight: Flight, exception: BaseException) -> None:
         stage, file = flight.stage, flight.stage.file
-        error = self._results.classify(exception, stage, stage.attempts + 1)
+        error = self._results.classify(exception, stage)
         self._results.stage_failed(flight, exception, error)
         if stage is file.duration:
             stage.state = StageState.FAILED
@@ -504,7 +503,7 @@ class Engine:
         assert exception is not None
         if stage is not file.identify and file.identify.is_open:
             return  # another stage has found it already
-        error = self._results.classify(exception, stage, stage.attempts + 1)
+        error = self._results.classify(exception, stage)
         for cell in stage.cells[:1]:
             self._results.note(cell, [file.key], "deferred", error)
         file.changes += 1
@@ -532,7 +531,7 @@ class Engine:
         """Defer a stage that its breaker does not let through."""
         if not stage.file.has_lost(stage):
             stage.refusals += 1
-            error = self._results.classify(refusal, stage, stage.attempts + 1)
+            error = self._results.classify(refusal, stage)
             self._defer(stage, error, RetryStrategy.ADAPTIVE)
             self._dispatcher.place(stage.file)
 

@@ -98,14 +98,14 @@ class Results:
 
     # Attempts
 
-    def classify(self, exception: BaseException, stage: Stage, attempt: int) -> ErrorInfo:
+    def classify(self, exception: BaseException, stage: Stage) -> ErrorInfo:
         """Classify what an attempt failed of, in the light of what the file looks like."""
         file = stage.file
         context: dict[str, object] = {
             "file": file.key,
             "operation": stage.operation,
             "stage": stage.kind,
-            "attempt": attempt,
+            "attempt": stage.attempts + 1,
         }
         try:
             context["file_path"] = str(self._library.path_of(file.key))

@@ -141,7 +141,7 @@ class Audio:
         self._mono: dict[int, Samples] = {}
 
     @classmethod
-    def open(cls, scratch_path: Path, path: Path) -> "Audio":
+    def open(cls, scratch_path: Path, path: Path, stamp: FileStamp | None = None) -> "Audio":
         """Open what `decode` wrote.
 
         Parameters
@@ -150,9 +150,11 @@ class Audio:
             The ``target`` given to `decode`.
         path : Path
             The audio file it was decoded from.
+        stamp : FileStamp, optional
+            What that was when it was identified.
         """
         source = SourceInfo(**json.loads(_source_info_path(scratch_path).read_text("utf-8")))
-        return cls(path, source, np.load(scratch_path, mmap_mode="r"))
+        return cls(path, source, np.load(scratch_path, mmap_mode="r"), stamp)
 
     @classmethod
     def without_pcm(cls, path: Path, stamp: FileStamp | None = None) -> "Audio":
@@ -228,7 +230,7 @@ class Audio:
     def block(self, start_s: float, stop_s: float) -> "Audio":
         """Return the part between two times (s), without copying samples."""
         start, stop = (round(seconds * SAMPLE_RATE) for seconds in (start_s, stop_s))
-        return Audio(self.path, self.source, self.pcm[start:stop])
+        return Audio(self.path, self.source, self.pcm[start:stop], self._stamp)
 
 
 def decode(

@@ -365,12 +365,11 @@ class Engine:
         if leader.row is not None:
             cell.state = StageState.DONE
             self._results.copied(leader, file.key, leader.row)
-        elif not leader.is_open:
-            if leader.error and concerns_copies(leader.error):
-                cell.state = StageState.FAILED
-                self._results.failed(leader, file.key, leader.error, noted_as="given_up")
-        else:
+        elif leader.is_open:
             cell.follow(leader)
+        elif leader.state is StageState.FAILED and leader.error and concerns_copies(leader.error):
+            cell.state = StageState.FAILED
+            self._results.failed(leader, file.key, leader.error, noted_as="given_up")
 
     # How stages end
 

@@ -234,7 +234,7 @@ def _check_unchanged(file: FileRef) -> None:
 @lru_cache(maxsize=1)
 def _audio(file: FileRef) -> Audio:
     """Return a file's decoded audio, and what earlier stages of the file have derived from it."""
-    return Audio.open(file.pcm, file.path)
+    return Audio.open(file.pcm, file.path, file.stamp)
 
 
 def storage_problem(path: Path, root: Path, scratch: Path, duration_s: float | None) -> str | None:

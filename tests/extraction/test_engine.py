@@ -4,7 +4,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -431,3 +431,27 @@ def test_copy_is_computed_of_itself_where_the_first_file_is_gone(
         shared.begin([vanishing], ["music/bad.wav", "music/bad copy.wav"])
         outcomes = [o.status for o in shared.drive("vanishing")]
     assert sorted(outcomes) == [CellStatus.FAILED, CellStatus.MATERIALIZED]
+
+
+def test_copy_of_a_file_that_recovered_does_not_fail(library: Path, tmp_path: Path) -> None:
+    flaky = faults.feature_set("flaky", faults.flaky, faults.flaky)
+    shutil.copy(library / "bad.wav", library / "bad copy.wav")
+    stop = threading.Event()
+
+    def write() -> None:
+        while not stop.wait(0.001):
+            os.utime(library / "bad copy.wav")
+
+    writer = threading.Thread(target=write)  # the copy is identified when the other is reported
+    writer.start()
+    outcomes: list[CellOutcome] = []
+    with engine(library, tmp_path, flaky) as shared:
+        shared.begin([flaky], ["music/bad.wav", "music/bad copy.wav"], force=True)
+        while len(outcomes) < 2:
+            with suppress(DeferredError):
+                for outcome in shared.drive("flaky", hold_s=5.0):
+                    outcomes.append(outcome)
+                    stop.set()
+        writer.join()
+    assert [o.file_key for o in outcomes] == ["music/bad.wav", "music/bad copy.wav"]
+    assert {o.status for o in outcomes} == {CellStatus.MATERIALIZED}

@@ -5,20 +5,23 @@ UV := $(VENV)/bin/uv
 DEV := $(VENV)/.installed
 BENCH := $(VENV)/.installed-bench
 PYTHONS := 3.11 3.12 3.13
+# Each run starts a dozen processes, which without bytecode would compile what they import, for seconds.
+unexport PYTHONDONTWRITEBYTECODE
 export DAGSTER_HOME ?= $(CURDIR)/dagster_home
 
 PYTHON_TESTS := $(PYTHONS:%=test-python-%)
 
-.PHONY: run dev test test-pythons $(PYTHON_TESTS) lint format screenshots bench-faults bench-speed clean
+.PHONY: run dev test test-pythons fuzz $(PYTHON_TESTS) lint format screenshots bench-faults bench-speed clean
 
 run: $(DEV) ## Analyse LIBRARY, or a sample library made for the purpose
 	$(VENV)/bin/audio-assets analyze $(if $(LIBRARY),"$(LIBRARY)")
 
 dev: $(DEV) ## Dagster's webserver and daemon on http://localhost:3000
-	$(VENV)/bin/dagster dev --workspace workspace.yaml
+	$(VENV)/bin/audio-assets prepare
+	umask $${AUDIO_ASSETS_UMASK:-077} && $(VENV)/bin/dagster dev --workspace workspace.yaml
 
 test: $(DEV) ## All tests, those of a file after one another
-	$(VENV)/bin/pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+	$(VENV)/bin/pytest --numprocesses $$(($$(nproc) < 4 ? $$(nproc) + 1 : 4)) --dist loadfile \
 	    --no-loadscope-reorder
 
 test-pythons: $(PYTHON_TESTS) ## An analysis on each promised Python that can be found here
@@ -38,6 +41,9 @@ $(PYTHON_TESTS): test-python-%: $(DEV)
 	$(UV) sync --frozen --quiet --python "$$python" && \
 	$(VENV)-$*/bin/python -V | grep ' $*\.' && \
 	$(VENV)-$*/bin/pytest tests/test_pipeline.py -k 'every_cell or known_tempo or no_nan'
+
+fuzz: $(DEV) ## Damaged files for half an hour
+	AUDIO_TEST_FUZZ_SECONDS=1800 AUDIO_TEST_FUZZ_SEED=$$(date +%s) $(VENV)/bin/pytest -s tests/test_fuzz.py
 
 lint: $(DEV) ## Style and types, and that uv.lock is that of pyproject.toml
 	$(UV) lock --check --quiet

@@ -1,6 +1,6 @@
 """`python -m audio_assets` is the command line."""
 
-from audio_assets.cli import main
+from audio_assets.cli.app import main
 
 if __name__ == "__main__":
     main()

@@ -1,20 +1,25 @@
-"""What Dagster loads: assets, jobs, schedules, sensors, resources."""
+"""The definitions that Dagster loads, collected from the modules of `audio_assets.defs`."""
 
 import dagster as dg
 
-from audio_assets.assets import feature_assets
-from audio_assets.automation import publishing_sensors
-from audio_assets.discovery import discover_files
-from audio_assets.jobs import jobs, nightly
-from audio_assets.resources import extraction_resource
-from audio_assets.robustness_assets import published_tables, robustness_stats, robustness_tables
+from audio_assets.defs.assets import feature_assets
+from audio_assets.defs.checks import published_tables
+from audio_assets.defs.executor import living_executor
+from audio_assets.defs.jobs import jobs
+from audio_assets.defs.resources import extraction_resource
+from audio_assets.defs.robustness_tables import robustness_tables
+from audio_assets.defs.schedules import schedules
+from audio_assets.defs.sensors import default_sensors, discover_files
+from audio_assets.settings import set_umask
+
+set_umask()
 
 defs = dg.Definitions(
     assets=[*feature_assets, robustness_tables],
     asset_checks=[published_tables],
-    jobs=[*jobs, robustness_stats],
-    schedules=[nightly],
-    sensors=[discover_files, *publishing_sensors],
+    jobs=jobs,
+    schedules=schedules,
+    sensors=[discover_files, *default_sensors],
     resources={"extraction": extraction_resource()},
-    executor=dg.in_process_executor,
+    executor=living_executor,
 )

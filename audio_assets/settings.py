@@ -1,11 +1,12 @@
 """Settings of the project, from environment variables, with their defaults."""
 
 import os
+import shutil
 from functools import cache
 from pathlib import Path
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PROJECT_DAGSTER_HOME = Path(__file__).resolve().parent.parent / "dagster_home"
@@ -17,12 +18,12 @@ def usable_cores() -> int:
 
 
 class AudioAssetsSettings(BaseSettings):
-    """What an operator can set; every name is an environment variable.
+    """The settings; each alias is an environment variable.
 
     Raises
     ------
     pydantic.ValidationError
-        If a variable has a value that does not fit.
+        If a variable has an invalid value.
     """
 
     model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore")
@@ -30,13 +31,13 @@ class AudioAssetsSettings(BaseSettings):
     dagster_home: Path = Field(
         PROJECT_DAGSTER_HOME,
         alias="DAGSTER_HOME",
-        description="Dagster's home, below which everything generated lies",
+        description="Dagster's home, where all generated files are",
     )
     audio_library: str | None = Field(
         None,
         alias="AUDIO_LIBRARY",
         description="Root directories of the library, separated by `:`, each a path or "
-        "`name=path`; besides those given to `audio-assets analyze` and `scan` so far",
+        "`name=path`; in addition to those given to `audio-assets analyze` and `scan`",
     )
     audio_warehouse: Path | None = Field(
         None,
@@ -57,10 +58,27 @@ class AudioAssetsSettings(BaseSettings):
     audio_scratch_mib: PositiveInt = Field(
         4096,
         alias="AUDIO_SCRATCH_MIB",
-        description="Decoded audio that one run keeps for files that wait (MiB)",
+        description="Decoded audio that one run keeps for files with deferred cells (MiB)",
+    )
+    audio_max_hours: PositiveFloat = Field(
+        12.0,
+        alias="AUDIO_MAX_HOURS",
+        description="Longest audio that is analysed (h); a file with more fails",
+    )
+    audio_reserve_mib: NonNegativeInt = Field(
+        512,
+        alias="AUDIO_RESERVE_MIB",
+        description="Space that decoding leaves free on the disk of the decoded audio (MiB)",
     )
     batch_size: PositiveInt = Field(
         50, alias="AUDIO_ASSETS_BATCH_SIZE", description="Files per run"
+    )
+    umask: str = Field(
+        "077",
+        alias="AUDIO_ASSETS_UMASK",
+        pattern="^0*[0-7]{2}$",
+        description="Permissions (octal) that all generated files lack; `027` lets a group read "
+        "them, `007` write them",
     )
     timezone: str = Field(
         "UTC",
@@ -79,7 +97,7 @@ class AudioAssetsSettings(BaseSettings):
         try:
             ZoneInfo(name)
         except (ZoneInfoNotFoundError, ValueError, OSError):
-            raise ValueError("should be the name of a time zone, as Europe/Berlin") from None
+            raise ValueError("must be the name of a time zone, such as Europe/Berlin") from None
         return name
 
     @property
@@ -100,5 +118,34 @@ class AudioAssetsSettings(BaseSettings):
 
 @cache
 def get_settings() -> AudioAssetsSettings:
-    """Return the process's settings, read from the environment once."""
+    """Return the settings, read from the environment once per process."""
     return AudioAssetsSettings()
+
+
+def set_umask() -> None:
+    """Keep what this process and its children generate from other users, as the settings say."""
+    os.umask(int(get_settings().umask, 8))
+
+
+def prepare_home() -> Path:
+    """Set the umask, and create Dagster's home with the project's `dagster.yaml`.
+
+    Returns
+    -------
+    Path
+        The home.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written to.
+    """
+    set_umask()
+    home = get_settings().dagster_home.expanduser().absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    template = PROJECT_DAGSTER_HOME / "dagster.yaml"
+    if not (home / template.name).exists() and template.exists():  # an installed wheel has none
+        partial = home / f".{template.name}.{os.getpid()}"
+        shutil.copyfile(template, partial)
+        partial.replace(home / template.name)
+    return home

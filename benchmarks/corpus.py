@@ -14,7 +14,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from audio_assets.sample_library import make_sample_library
+from audio_assets.cli.sample_library import make_sample_library
 from benchmarks.measure import PROJECT
 
 _SUFFIXES = {"FLAC": ".flac", "WAV": ".wav", "OGG": ".ogg", "MP3": ".mp3"}

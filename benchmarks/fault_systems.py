@@ -25,7 +25,7 @@ def main() -> None:
     if system == "fixed":
         _use_fixed_breakers()
         _fix_number_of_workers()
-    from audio_assets import cli
+    from audio_assets.cli import app as cli
 
     cli._show_results = lambda *_: 0  # it shows columns of all feature sets
     cli.app(["analyze", library])
@@ -41,10 +41,10 @@ def _use_fixed_breakers() -> None:
 
     breakers = {
         "audio_processing": CircuitBreaker(
-            failure_threshold=3, recovery_timeout=30, recovery_multiplier=1, counts=count_all
+            failure_threshold=3, recovery_timeout=30, counts=count_all
         ),
         "feature_extraction": CircuitBreaker(
-            failure_threshold=2, recovery_timeout=45, recovery_multiplier=1, counts=count_all
+            failure_threshold=2, recovery_timeout=45, counts=count_all
         ),
     }
 
@@ -58,9 +58,9 @@ def _use_fixed_breakers() -> None:
 
 def _fix_number_of_workers() -> None:
     """Have no other worker beside one that hangs."""
-    from robustness import worker_pool
+    from robustness import worker_task
 
-    worker_pool._IDLE_SECONDS = math.inf
+    worker_task._IDLE_SECONDS = math.inf
 
 
 # Plain Dagster: an asset per feature set that loops over the files, stock retries, stock executor.

@@ -5,10 +5,12 @@ python -m benchmarks.faults [--quick] [--seed N] [--results DIRECTORY]
 
 import argparse
 import json
+import os
 import random
 import shutil
 import sqlite3
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
@@ -52,6 +54,8 @@ FIXED_SETTINGS = {
 PRODUCT_SETTINGS = {"ROBUSTNESS_WORKER_MEMORY_MIB": str(WORKER_MEMORY_MIB)}
 
 _LOCKED_S = 8.0
+_FULL_S = 30.0
+_FULL_AFTER_CELLS = 100
 _LOCK_AFTER_EVENTS = (40, 200)
 
 
@@ -244,16 +248,8 @@ def run_system(
     outside_faults: bool = True,
 ) -> Outcome:
     """Run a system on the library in a home of its own."""
-    directory.mkdir()
+    environment = _prepare(system, plan, directory)
     home = directory / "home"
-    home.mkdir()
-    shutil.copy(PROJECT / "dagster_home" / "dagster.yaml", home)
-    plan_path = directory / "plan.json"
-    plan_path.write_text(json.dumps({**plan, "directory": str(directory)}))
-    settings = {"plain": {}, "fixed": FIXED_SETTINGS, "product": PRODUCT_SETTINGS}[system]
-    environment = clean_environment(
-        DAGSTER_HOME=str(home), AUDIO_ASSETS_BATCH_SIZE="100", **settings
-    )
     if learned_from:
         _copy_timings(learned_from, home / "robustness.db")
     if system != "plain" and outside_faults:
@@ -271,15 +267,15 @@ def run_system(
             stack.enter_context(held_open(home / "warehouse.duckdb"))
             outside = lock_now_and_then(home / "robustness.db", trace)
         usage = run_tree(
-            [sys.executable, "-m", "benchmarks.fault_systems", system, str(library)],
-            environment | {PLAN: str(plan_path)},
+            _command(system, library),
+            environment,
             log=directory / "run.log",
             limit_s=limit_s,
             watch_memory=True,
             while_running=outside,
         )
     ended_at = time.time()
-    events = [json.loads(line) for line in trace.open()] if trace.exists() else []
+    events = _events(trace)
     if system == "plain":
         had = {
             (json.loads(line)["file"], path.stem)
@@ -289,6 +285,113 @@ def run_system(
         return Outcome(usage, had, events, [], ended_at)
     had, attempts = _results(home / "warehouse.duckdb", plan["feature_sets"], library.name)
     return Outcome(usage, had, events, attempts, ended_at)
+
+
+def _prepare(system: str, plan: Mapping[str, Any], directory: Path) -> dict[str, str]:
+    """Make a home and a plan of faults in a new directory; return the environment of a system."""
+    home = directory / "home"
+    home.mkdir(parents=True)
+    shutil.copy(PROJECT / "dagster_home" / "dagster.yaml", home)
+    plan_path = directory / "plan.json"
+    plan_path.write_text(json.dumps({**plan, "directory": str(directory)}))
+    settings = {"plain": {}, "fixed": FIXED_SETTINGS, "product": PRODUCT_SETTINGS}[system]
+    return clean_environment(
+        DAGSTER_HOME=str(home), AUDIO_ASSETS_BATCH_SIZE="100", **settings, **{PLAN: str(plan_path)}
+    )
+
+
+def _command(system: str, library: Path) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.fault_systems", system, str(library)]
+
+
+def _events(trace: Path) -> list[Event]:
+    return [json.loads(line) for line in trace.open()] if trace.exists() else []
+
+
+# Incidents: what hits the whole project, rather than a file
+
+
+def power_cut(
+    library: Path, plan: Mapping[str, Any], directory: Path, possible: set[Cell], after_s: float
+) -> dict[str, Any]:
+    """Kill all processes of a run after a time, start it again, and return the figures."""
+    environment = _prepare("product", plan, directory)
+    command, trace = _command("product", library), directory / "trace.jsonl"
+    run_tree(command, environment, log=directory / "before.log", limit_s=after_s)
+    before = len(_cells_done(_events(trace)))
+    again = time.time()
+    usage = run_tree(command, environment, log=directory / "after.log")
+    events = _events(trace)
+    first = min(
+        (e["at"] for e in events if e["event"] == "done" and e["at"] > again), default=again
+    )
+    return _incident(directory, library, plan, possible, usage, first - again) | {
+        "cells_before": before,
+        "computed_twice": sum(e["event"] == "done" for e in events) - len(_cells_done(events)),
+    }
+
+
+def full_disk(
+    library: Path, plan: Mapping[str, Any], directory: Path, possible: set[Cell]
+) -> dict[str, Any]:
+    """Fill the disk of the landing in the middle of a run, free it later; return the figures."""
+    environment = _prepare("product", plan, directory)
+    disk, trace = directory / "disk", directory / "trace.jsonl"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
+    freed = recovered = 0.0
+
+    def fill_and_free(ended: threading.Event) -> None:
+        nonlocal freed, recovered
+        while len(_cells_done(_events(trace))) < _FULL_AFTER_CELLS:
+            if ended.wait(0.2):
+                return
+        filler = disk / "filler"
+        with suppress(OSError), filler.open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(2**20))
+        ended.wait(_FULL_S)
+        parts = set(disk.rglob("*.parquet"))
+        filler.unlink()
+        freed = time.time()
+        while not recovered and not ended.wait(0.1):
+            if set(disk.rglob("*.parquet")) - parts:
+                recovered = time.time()
+
+    try:
+        usage = run_tree(
+            _command("product", library),
+            environment | {"AUDIO_LANDING": str(disk / "landing")},
+            log=directory / "run.log",
+            while_running=fill_and_free,
+        )
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+    return _incident(directory, library, plan, possible, usage, recovered - freed) | {
+        "full_s": _FULL_S
+    }
+
+
+def _incident(
+    directory: Path,
+    library: Path,
+    plan: Mapping[str, Any],
+    possible: set[Cell],
+    usage: Usage,
+    recovery_s: float,
+) -> dict[str, Any]:
+    database = directory / "home" / "warehouse.duckdb"
+    had, _ = _results(database, plan["feature_sets"], library.name)
+    return {
+        "recovery_s": recovery_s,
+        "wall_s": usage.wall_s,
+        "cells_had": len(possible & had),
+        "cells_possible": len(possible),
+    }
+
+
+def _cells_done(events: Iterable[Event]) -> set[Cell]:
+    return {(e["file"], e["feature_set"]) for e in events if e["event"] == "done"}
 
 
 def _copy_timings(source: Path, target: Path) -> None:
@@ -484,6 +587,14 @@ def run(*, quick: bool, seed: int, scratch: Path, systems: Sequence[str]) -> dic
     without = run_system("product", library, calm, scratch / "calm", outside_faults=False)
     note("product_without_faults", without, calm)
     learned = scratch / "calm" / "home" / "robustness.db"
+    possible, _ = cells_to_have(names, damaged, calm)
+    incidents = {
+        "power_cut": power_cut(library, calm, scratch / "cut", possible, without.usage.wall_s / 2)
+    }
+    if os.geteuid() == 0 and not quick:  # only root may mount a small disk
+        incidents["full_disk"] = full_disk(library, calm, scratch / "full", possible)
+    print(incidents, flush=True)
+    results["incidents"] = incidents
     for system in systems:
         outcome = run_system(
             system,

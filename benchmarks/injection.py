@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import audio_assets.extraction.worker
-from audio_assets.audio import Audio, DecoderName, SourceInfo
+from audio_assets.audio.pcm import Audio, SourceInfo
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Row
-from audio_assets.library import FileStamp
 
 PLAN = "AUDIO_ASSETS_BENCHMARK_PLAN"
 
@@ -98,15 +97,13 @@ def entering(feature_set: str) -> None:
 def _decode_with_faults(
     path: Path,
     target: Path,
-    *,
-    decoder: DecoderName = "av",
-    stamp: FileStamp | None = None,
+    **options: Any,
 ) -> SourceInfo:
     _trace("attempt", path.name, _Call.feature_set)
     fault = plan()["decode"].get(path.name)
     if fault:
         _strike(fault, path.name, _Call.feature_set, path)
-    source = _decode(path, target, decoder=decoder, stamp=stamp)
+    source = _decode(path, target, **options)
     _Call.decoding = True
     return source
 

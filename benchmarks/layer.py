@@ -10,7 +10,7 @@ from typing import Any
 import pybreaker
 import tenacity
 
-from audio_assets.errors import CorruptFileError
+from audio_assets.audio.errors import CorruptFileError
 from robustness.adaptive_timeout import AdaptiveTimeoutManager
 from robustness.circuit_breaker import CircuitBreaker
 from robustness.error_classifier import ErrorClassifier

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from audio_assets.extraction.worker import FileRef, decode_file, extract
 from audio_assets.features.base import FeatureSet, Row
-from audio_assets.library import FileStamp
+from audio_assets.library.files import FileStamp
 
 
 def extract_row(path: Path, feature_set: FeatureSet, pcm: Path) -> Row:

@@ -18,8 +18,9 @@ from typing import Any
 
 from audio_assets.features import FEATURE_SETS
 from audio_assets.warehouse import open_landing
+from audio_assets.warehouse.database import reading
 from audio_assets.warehouse.landing import Landing
-from audio_assets.warehouse.publisher import Publisher, PublishResult, reading
+from audio_assets.warehouse.publisher import Publisher, PublishResult
 from audio_assets.warehouse.schema import ATTEMPTS, FILES, feature_table, warehouse_tables
 
 ADDED = 100

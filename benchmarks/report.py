@@ -39,7 +39,7 @@ def figure(value: float | None, unit: str = "", digits: int = 1) -> str:
 
 
 def about(results: Mapping[str, Any]) -> str:
-    """Say what a run was made on."""
+    """Return the machine and the versions of a run."""
     machine = results["machine"]
     versions = ", ".join(f"{name} {value}" for name, value in machine["versions"].items())
     quick = " A quick run: its figures mean nothing." if results["quick"] else ""
@@ -53,7 +53,7 @@ def about(results: Mapping[str, Any]) -> str:
 def audio(source: Mapping[str, Any] | str) -> tuple[str, str]:
     """Return the sample rate and channels of a source, and where it is from.
 
-    Results that name only where their audio is from had it of any kind.
+    Results that name no sample rate were made with any.
     """
     if isinstance(source, str) or source["sample_rate"] is None:
         kind = source if isinstance(source, str) else source["kind"]
@@ -62,13 +62,33 @@ def audio(source: Mapping[str, Any] | str) -> tuple[str, str]:
 
 
 def comparisons(results: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Return what each comparison was made on, where its audio is from, and its figures."""
+    """Return each comparison's title, the source of its audio, and its figures."""
     found = []
     for name, title in COMPARISONS.items():
         if systems := results.get(name):
             sampling, kind = audio(systems.get("source") or results["source"])
             found.append((f"{sampling}, {title}", kind, systems))
     return found
+
+
+def incidents(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return the table of what hit the whole project."""
+    labels = {
+        "power_cut": "power cut: every process killed, the command started again",
+        "full_disk": "disk full for 30 s, then freed",
+    }
+    rows = [
+        (
+            labels[name],
+            f"{incident['cells_had']} of {incident['cells_possible']}",
+            figure(incident["recovery_s"], " s"),
+            figure(incident["wall_s"], " s", 0),
+            incident.get("computed_twice", "-"),
+        )
+        for name, incident in found.items()
+    ]
+    header = ("", "cells computed", "next good cell after", "wall time from then", "computed twice")
+    return [table(header, rows)] if rows else []
 
 
 def faults_section(results: Mapping[str, Any]) -> str:
@@ -91,8 +111,8 @@ def faults_section(results: Mapping[str, Any]) -> str:
         for name, label in SYSTEMS.items()
         if (s := systems.get(name))
     ]
-    header = ("", "cells had", "given up", "not reached", "honest killed", "wrong retries")
-    header += ("wall time", "recovery p50", "recovery p95", "worker's peak")
+    header = ("", "cells computed", "failed", "never tried", "killed wrongly", "useless retries")
+    header += ("wall time", "recovered in p50", "recovered in p95", "peak of a worker")
     lost = [
         (label, ", ".join(f"{kind}: {n}" for kind, n in sorted(systems[name]["lost"].items())))
         for name, label in SYSTEMS.items()
@@ -100,15 +120,15 @@ def faults_section(results: Mapping[str, Any]) -> str:
     ]
     product = systems["product"]
     checks = [
-        ("cells that could be had", "≥ 99.5 %", f"{100 * product['success_rate']:.1f} %"),
-        ("honest cells killed", "0", product["honest_cells_killed"]),
+        ("possible cells computed", "≥ 99.5 %", f"{100 * product['success_rate']:.1f} %"),
+        ("attempts killed wrongly", "0", product["honest_cells_killed"]),
         (
-            "wall time over that without faults",
+            "wall time, with over without faults",
             "≤ 1.5",
             f"{product['wall_s'] / calm['wall_s']:.2f}",
         ),
         (
-            "memory of a worker over its budget",
+            "peak of a worker over its memory budget",
             "≤ 1.25",
             f"{product['worker_peak_mib'] / results['worker_memory_mib']:.2f}",
         ),
@@ -116,7 +136,7 @@ def faults_section(results: Mapping[str, Any]) -> str:
     if product["recovery_p95_s"] and "fixed" in systems:
         ratio = systems["fixed"]["recovery_p95_s"] / product["recovery_p95_s"]
         checks.insert(
-            2, ("recovery p95: with fixed settings over the project's", "≥ 10", f"{ratio:.1f}")
+            2, ("recovered in p95, fixed settings over this project", "≥ 10", f"{ratio:.1f}")
         )
     library = results["library"]
     return "\n\n".join(
@@ -127,8 +147,9 @@ def faults_section(results: Mapping[str, Any]) -> str:
             "Audio: {}, from {}.".format(*audio(results["source"])),
             table(header, rows),
             f"Without faults the project takes {calm['wall_s']:.0f} s for this library.",
-            "![Cells had over time](images/benchmark-faults.svg)",
-            "What was lost, by what struck it:",
+            "![Cells computed over time](images/benchmark-faults.svg)",
+            *incidents(results.get("incidents", {})),
+            "Cells lost, by the fault that hit them:",
             table(("", "cells lost"), [(label, kinds or "nothing") for label, kinds in lost]),
             table(("target", "wanted", "found"), checks),
         ]
@@ -167,7 +188,7 @@ def compare_section(results: Mapping[str, Any]) -> str:
     ratios = sorted(results["ratios"], key=lambda name: name.startswith(str(HALF_RATE)))
     rows = [(name, f"{results['ratios'][name]:.2f}") for name in ratios]
     parts.append(table(("ratio", "found"), rows))
-    parts.append(f"Where the project's CPU time goes, {comparisons(results)[0][0]}:")
+    parts.append(f"CPU time of the project by part, {comparisons(results)[0][0]}:")
     project, bare = results["with_musicnn"]["project"], results["with_musicnn"]["bare"]
     inner = [
         (name, figure(seconds, " s", 2), figure(bare["parts_cpu_s"].get(name), " s", 2))
@@ -210,13 +231,13 @@ def orchestration_section(results: Mapping[str, Any]) -> str:
     by_part["all of these"] = [sum(column) for column in zip(*by_part.values(), strict=True)]
     return "\n\n".join(
         [
-            "## Cost of a file that costs nothing",
-            f"Feature sets that return at once ({runs[-1]['feature_sets']} of them), so that only "
-            f"the project's own work counts, less start and first batch. {about(results)} "
-            "Audio: 8 kHz mono, tones of a twentieth of a second, which nothing analyses.",
+            "## Cost per file without analysis",
+            f"With {runs[-1]['feature_sets']} feature sets that return at once, so that only the "
+            f"project's own work counts, without start-up and first batch. {about(results)} "
+            "Audio: 8 kHz mono tones of 50 ms, which nothing analyses.",
             table(("files", "wall time per file", "CPU per file", "whole run"), rows),
             "![Cost per file](images/benchmark-orchestration.svg)",
-            "Where the main process's CPU time goes, but for its start, per file:",
+            "CPU time of the main process per file, without start-up:",
             table(
                 ("", *(f"{run['files']:,} files" for run in runs)),
                 [(name, *(figure(ms, " ms", 2) for ms in row)) for name, row in by_part.items()],
@@ -232,7 +253,7 @@ def layer_section(results: Mapping[str, Any]) -> str:
     rows = [(name, *(figure(by.get(column)) for column in columns)) for name, by in costs.items()]
     return "\n\n".join(
         [
-            "## The robustness layer's own cost",
+            "## Cost of the robustness layer",
             f"Microseconds per operation, median of five rounds. {about(results)}",
             table(("", *columns), rows),
         ]
@@ -243,7 +264,7 @@ def layer_section(results: Mapping[str, Any]) -> str:
 
 
 def plot(found: Mapping[str, Mapping[str, Any]], images: Path) -> None:
-    """Draw the plots of what there are results of."""
+    """Draw a plot for each of the results."""
     import matplotlib as mpl
 
     mpl.use("svg")
@@ -272,7 +293,7 @@ def plot(found: Mapping[str, Mapping[str, Any]], images: Path) -> None:
         possible = found["faults"]["systems"]["product"]["cells_possible"]
         pyplot.axhline(possible, color=_INK, linewidth=0.5)
         pyplot.xlabel("seconds since the first attempt")
-        pyplot.ylabel("cells had")
+        pyplot.ylabel("cells computed")
         pyplot.legend(frameon=False)
         save("faults")
     if "speed-compare" in found:
@@ -333,8 +354,8 @@ def main() -> None:
     plot(found, arguments.docs / "images")
     page = [
         "# Benchmarks",
-        "Made by `python -m benchmarks.report`; what each figure means is told in "
-        "[benchmarks/README.md](../benchmarks/README.md).",
+        "Made by `python -m benchmarks.report`; [benchmarks/README.md](../benchmarks/README.md) "
+        "explains the figures.",
         *(SECTIONS[name](results) for name, results in found.items()),
     ]
     (arguments.docs / "benchmarks.md").write_text("\n\n".join(page) + "\n")

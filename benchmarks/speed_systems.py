@@ -46,7 +46,7 @@ def keep_wanted() -> None:
                 FEATURE_SETS[name],
                 extract=CannedRow(name),
                 extract_alternative=CannedRow(name),
-                reads_pcm=False,
+                reads="file",
             )
 
 
@@ -94,7 +94,8 @@ def extract_all(path: Path) -> dict[str, float]:
     """Decode a file once and extract everything; return the CPU time of each part (s)."""
     import tempfile
 
-    from audio_assets.audio import Audio, decode
+    from audio_assets.audio.decode import decode
+    from audio_assets.audio.pcm import Audio
     from audio_assets.features import FEATURE_SETS
 
     times = {}
@@ -114,7 +115,7 @@ def extract_all(path: Path) -> dict[str, float]:
 def _run_bare(library: str) -> None:
     import multiprocessing
 
-    import audio_assets.preload  # noqa: F401 - before the fork, once for all workers
+    import audio_assets.extraction.preload  # noqa: F401 - before the fork, once for all workers
 
     with multiprocessing.get_context("fork").Pool(_workers()) as pool:
         times = pool.map(extract_all, _files(library), chunksize=1)
@@ -208,8 +209,7 @@ def _timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
 def _run_project(library: str) -> None:
     import dagster as dg
 
-    import audio_assets.analysis
-    import audio_assets.cli
+    from audio_assets.cli import analyze, app
     from audio_assets.extraction import dispatch
     from audio_assets.extraction.engine import Engine
     from audio_assets.warehouse.landing import Landing
@@ -235,10 +235,10 @@ def _run_project(library: str) -> None:
         (WorkerPool, "_run_lane", "workers' lanes (IPC)"),
         (AdaptiveTimeoutManager, "timeout_in_force", "timeouts"),
         (AdaptiveTimeoutManager, "record_performance", "timeouts"),
-        (audio_assets.analysis, "run_batches", "Dagster and the rest of a run"),
+        (analyze, "run_batches", "Dagster and the rest of a run"),
     ):
         watch.method(owner, name, category)
-    run_batches = audio_assets.analysis.run_batches
+    run_batches = analyze.run_batches
 
     started: dict[str, float] = {}
 
@@ -246,13 +246,13 @@ def _run_project(library: str) -> None:
         started["cpu"] = time.process_time()
         run_batches(*args, **kwargs)
 
-    audio_assets.analysis.run_batches = noted
+    analyze.run_batches = noted
     if CANNED not in os.environ:
         dispatch.decode_file = importable.timed_decode
         dispatch.extract = importable.timed_extract
-    audio_assets.cli._show_results = lambda *_: 0  # it shows columns of all feature sets
+    app._show_results = lambda *_: 0  # it shows columns of all feature sets
     try:
-        audio_assets.cli.app(["analyze", library])
+        app.app(["analyze", library])
     except SystemExit as ended:
         if ended.code:
             raise

@@ -1,7 +1,7 @@
-"""Fills in what stands between ``<!-- generated: NAME -->`` and ``<!-- end -->`` in the documents.
+"""Fills in the documents' tables between ``<!-- generated: NAME -->`` and ``<!-- end -->``.
 
-Run ``.venv/bin/python docs/generate.py`` after a change of settings, error rules or recoveries; a
-test fails until then.
+Run ``.venv/bin/python docs/generate.py`` after a change of settings, feature sets, error rules or
+recoveries; a test fails until then.
 """
 
 import re
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from pydantic.fields import FieldInfo
 
-from audio_assets.assets import FORCE_TAG, RETRY_QUARANTINED_TAG
+from audio_assets.defs.partitions import FORCE_TAG, RESULT_TAG, RETRY_QUARANTINED_TAG
+from audio_assets.defs.resources import ExtractionResource
 from audio_assets.extraction.recovery import DECODE, EXTRACT, next_recovery
-from audio_assets.resources import ExtractionResource
+from audio_assets.features import FEATURE_SETS
 from audio_assets.settings import AudioAssetsSettings
 from robustness.adaptive_timeout import BASE_TIMEOUTS
 from robustness.built_in_rules import BUILT_IN_RULES
@@ -93,11 +94,16 @@ def run_tags() -> str:
         ("tag", "meaning"),
         (
             f"`{FORCE_TAG}`",
-            "`true`: compute also cells that are done and unchanged, or quarantined",
+            "`true`: compute finished and quarantined cells again",
+        ),
+        (
+            f"`{RESULT_TAG}`",
+            "set at the end of a run: `complete`, `bad_files` (the cells that failed are "
+            "quarantined) or `incomplete`",
         ),
         (
             f"`{RETRY_QUARANTINED_TAG}`",
-            "`true`: let the run's cells out of quarantine first, as the job `retry_failed` does",
+            "`true`: first release the run's cells from quarantine, as the job `retry_failed` does",
         ),
         (
             "`dagster/asset_partition_range_start`, `…_end`",
@@ -105,6 +111,24 @@ def run_tags() -> str:
             "`audio-assets analyze`",
         ),
     )
+
+
+def feature_sets() -> str:
+    """Return the installed feature sets, with their sources."""
+    head = ("feature set", "what", "units", "extractor", "alternative", "licences", "publications")
+    rows = (
+        (
+            f"`{name}`",
+            re.split(r"(?<! al)\. |\.$", feature_set.description)[0],
+            ", ".join(dict.fromkeys(c.unit for c in feature_set.columns if c.unit)),
+            feature_set.extractor,
+            feature_set.alternative,
+            feature_set.licence,
+            feature_set.citation,
+        )
+        for name, feature_set in FEATURE_SETS.items()
+    )
+    return table(head, *rows)
 
 
 def errors() -> str:
@@ -212,6 +236,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "robustness_settings": lambda: settings(RobustnessSettings),
     "run_config": run_config,
     "run_tags": run_tags,
+    "feature_sets": feature_sets,
     "errors": errors,
     "exceptional_rules": exceptional_rules,
     "breakers": breakers,

@@ -1,58 +1,49 @@
-"""Timeouts that follow what the work really takes.
+"""Timeouts that follow the time which work takes.
 
-Until a kind of work has been seen often enough its timeout comes from a table. After that it
-comes from a bounded sample of what was recorded, shared by all processes:
-
-1. The time expected for a file is a line in its length, ``overhead + rate * length``, fitted by
-   the Theil-Sen estimator [1]_ [2]_: the median of the slopes between all pairs of observations,
-   which a few odd files do not move. So a library of short sounds, whose times are all overhead,
-   does not lead to hours for a long file. Beyond the longest file seen the expected time grows in
-   proportion to the length.
-2. How far times spread above that is a quantile of observed over expected time. Work stopped by
-   its timeout took longer than was seen: such observations are censored, and leaving them out, or
-   taking them as they are, would pull the quantile towards the timeouts themselves. The
-   Kaplan-Meier estimator [3]_ accounts for them. A quantile it cannot reach, since too many
-   observations are censored, is replaced by the largest ratio of work that was done, so that work
-   which never ends does not raise the timeout without end.
-3. The timeout is the expected time by that quantile by a margin, longer on a busy machine, between
-   a floor and a ceiling. When most work runs into its learned timeout, what was learned no longer
-   holds (a slower machine, another version): then the table's timeout is the least.
-
-References
-----------
-.. [1] H. Theil (1950). A rank-invariant method of linear and polynomial regression analysis.
-   Indagationes Mathematicae 12.
-.. [2] P. K. Sen (1968). Estimates of the regression coefficient based on Kendall's tau.
-   Journal of the American Statistical Association 63(324).
-.. [3] E. L. Kaplan, P. Meier (1958). Nonparametric estimation from incomplete observations.
-   Journal of the American Statistical Association 53(282).
+Until a kind of work has been observed often enough, its timeout comes from a table. After that it
+is the usual time of such a file (see `robustness.timing_history`) times a margin, longer on a busy
+machine, between a floor and a ceiling. When most work runs into its learned timeout, what was
+learned is out of date (a slower machine, another version): the table's timeout is the least then.
 """
 
-import logging
 import math
 import os
-import signal
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import cache
-from types import FrameType, MappingProxyType, TracebackType
-from typing import Literal, Self, TypedDict, overload
+from types import MappingProxyType
+from typing import Literal, overload
 
-import numpy as np
-import numpy.typing as npt
 import sqlalchemy as sa
 
+from robustness.log_context import get_logger
 from robustness.memory import available_memory_mib, memory_limit_mib
 from robustness.settings import RobustnessSettings, get_settings
-from robustness.state import StateStore, get_state_store, prune, timings
+from robustness.state import StateStore, get_state_store
+from robustness.state_schema import prune, timings
+from robustness.timed_block import (
+    OperationTimeoutError,
+    TimeoutNotEnforceableError,
+    timeout_context,
+)
+from robustness.timing_history import PerformanceStats, TimingHistory
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "BASE_TIMEOUTS",
+    "AdaptiveTimeoutManager",
+    "OperationTimeoutError",
+    "PerformanceStats",
+    "TimeoutDecision",
+    "TimeoutNotEnforceableError",
+    "TimeoutStrategy",
+    "get_timeout_manager",
+    "timeout_context",
+]
 
-Floats = npt.NDArray[np.float64]
-Bools = npt.NDArray[np.bool_]
+logger = get_logger("adaptive_timeout")
 
 BASE_TIMEOUTS: Mapping[str, float] = MappingProxyType(
     {
@@ -84,20 +75,8 @@ _STRESS_FACTOR = 1.5
 _BUSY_LOAD = 1.5
 """Runnable processes per core above which the machine is busy; workers alone make it 1."""
 
-_RECENT = 10
-"""Newest observations that the success rate is taken from."""
-
-_FEWEST_RECENT = 3
-"""Observations before a success rate says something."""
-
-_REFRESH_SECONDS = 5.0
-"""Age at which what other processes have recorded is read again."""
-
 _CONDITIONS_SECONDS = 1.0
-"""Age at which the machine's load and memory are looked at again."""
-
-_LEAST_EXPECTED = 0.1
-"""Expected seconds below which observed over expected time is mere noise."""
+"""Age at which the machine's load and memory are measured again."""
 
 
 class TimeoutStrategy(Enum):
@@ -115,7 +94,7 @@ class TimeoutStrategy(Enum):
 
 @dataclass(frozen=True)
 class TimeoutDecision:
-    """A timeout and how it came about.
+    """A timeout and where it comes from.
 
     Parameters
     ----------
@@ -148,25 +127,8 @@ class TimeoutDecision:
     samples: int
 
 
-class PerformanceStats(TypedDict):
-    """Statistics of a kind of work over its newest observations (at most `SAMPLE_SIZE`)."""
-
-    avg_time: float
-    """Mean time of work that succeeded, in seconds; 0 if none has."""
-    avg_processing_time: float
-    """The same."""
-    success_rate: float
-    """Share of observations that succeeded, 0 to 1."""
-    timeout_efficiency: float
-    """Mean share of the given timeout that work which succeeded has used, 0 to 1."""
-    timeouts: int
-    """Observations that were stopped by their timeout."""
-    samples: int
-    """Observations."""
-
-
 class AdaptiveTimeoutManager:
-    """Gives timeouts and learns from what became of them.
+    """Gives timeouts and learns from the times that work takes.
 
     Parameters
     ----------
@@ -174,10 +136,11 @@ class AdaptiveTimeoutManager:
         Where observations are kept; the process's store by default.
     settings : RobustnessSettings, optional
         Bounds, quantile and margin; the process's settings by default.
-    base_timeouts : mapping of str to float
-        Timeouts in seconds before anything is learned; kinds of work it does not name get
-        TIMEOUT_BASE_DELAY. A variant of a kind, as ``rhythm/alternative``, has a history of its
-        own and starts with the kind's timeout.
+
+    Notes
+    -----
+    A kind of work that `BASE_TIMEOUTS` does not name starts with TIMEOUT_BASE_DELAY. A variant of
+    a kind, as ``rhythm/alternative``, has its own history and starts with the kind's timeout.
     """
 
     def __init__(
@@ -185,13 +148,11 @@ class AdaptiveTimeoutManager:
         store: StateStore | None = None,
         *,
         settings: RobustnessSettings | None = None,
-        base_timeouts: Mapping[str, float] = BASE_TIMEOUTS,
     ) -> None:
         self._store = store
         self._settings = settings or get_settings()
-        self._base_timeouts = base_timeouts
         self._lock = threading.Lock()
-        self._histories: dict[str, _History] = {}
+        self._histories: dict[str, TimingHistory] = {}
         self._stress = 1.0
         self._stress_until = 0.0
 
@@ -250,7 +211,7 @@ class AdaptiveTimeoutManager:
         audio_seconds: float | None = None,
         timed_out: bool = False,
     ) -> None:
-        """Record what became of a piece of work.
+        """Record how long a piece of work took.
 
         Parameters
         ----------
@@ -267,8 +228,7 @@ class AdaptiveTimeoutManager:
         audio_seconds : float, optional
             Length of the audio.
         timed_out : bool
-            Whether its timeout stopped it; taken for granted of work that failed and took no
-            less than its timeout.
+            Whether its timeout stopped it; assumed of failed work that took at least its timeout.
 
         Raises
         ------
@@ -315,10 +275,10 @@ class AdaptiveTimeoutManager:
             Kind of work.
         """
         if feature_type is not None:
-            return _History(self._load(feature_type)).stats()
+            return TimingHistory(self._load(feature_type)).stats()
         query = sa.select(timings.c.feature_type).distinct().order_by(timings.c.feature_type)
         names = self._state.query(lambda connection: connection.execute(query).scalars().all())
-        return {name: _History(self._load(name)).stats() for name in names}
+        return {name: TimingHistory(self._load(name)).stats() for name in names}
 
     @property
     def _state(self) -> StateStore:
@@ -334,7 +294,7 @@ class AdaptiveTimeoutManager:
         settings = self._settings
         history = self._history(feature_type)
         kind = feature_type.partition("/")[0]
-        base = self._base_timeouts.get(kind, settings.timeout_base_delay)
+        base = BASE_TIMEOUTS.get(kind, settings.timeout_base_delay)
         base *= _growth(file_size_mb, strategy)
         multiplier = self._machine_stress()
         if history.recent_success_rate < 0.5:
@@ -369,11 +329,11 @@ class AdaptiveTimeoutManager:
         logger.debug("%s", decision)
         return decision
 
-    def _history(self, feature_type: str) -> "_History":
+    def _history(self, feature_type: str) -> TimingHistory:
         with self._lock:
             history = self._histories.get(feature_type)
             if history is None or history.is_stale():
-                history = self._histories[feature_type] = _History(self._load(feature_type))
+                history = self._histories[feature_type] = TimingHistory(self._load(feature_type))
             return history
 
     def _load(self, feature_type: str) -> Sequence[sa.RowMapping]:
@@ -418,276 +378,4 @@ def _growth(file_size_mb: float, strategy: TimeoutStrategy) -> float:
 
 def _load_per_core() -> float:
     """Return the average number of runnable processes of the last minute per usable core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return os.getloadavg()[0] / (cores or 1)
-
-
-class _History:
-    """The observations of a kind of work as they were read from the store."""
-
-    def __init__(self, rows: Sequence[sa.RowMapping]) -> None:
-        self._read_at = time.monotonic()
-        self.missed = 0
-        """Observations recorded by this process since."""
-        # A missing length or size (None) becomes NaN.
-        self._values: dict[str, Floats] = {
-            name: np.array([row[name] for row in rows], dtype=np.float64)
-            for name in ("seconds", "audio_seconds", "file_size_mb", "timeout_given")
-        }
-        self._success: Bools = np.array([row["success"] for row in rows], dtype=bool)
-        self._censored: Bools = np.array([row["censored"] for row in rows], dtype=bool)
-        self._models: dict[tuple[str, float], _Model | None] = {}
-
-    def is_stale(self) -> bool:
-        """Tell whether the observations have changed enough to be read again."""
-        too_old = time.monotonic() > self._read_at + _REFRESH_SECONDS
-        return too_old or self.missed > min(len(self._success) / 10, _RECENT)
-
-    @property
-    def recent_success_rate(self) -> float:
-        """Share of the newest observations that succeeded; 1 while there are too few."""
-        recent = self._success[-_RECENT:]
-        return float(recent.mean()) if len(recent) >= _FEWEST_RECENT else 1.0
-
-    @property
-    def recent_timeout_share(self) -> float:
-        """Share of the newest observations stopped by their timeout; 0 while there are too few."""
-        recent = self._censored[-_RECENT:]
-        return float(recent.mean()) if len(recent) >= _FEWEST_RECENT else 0.0
-
-    def model(self, covariate: str, quantile: float) -> "_Model | None":
-        """Return what is learned of time by length or size; None if nothing succeeded."""
-        key = (covariate, quantile)
-        if key not in self._models:
-            lengths = self._values[covariate]
-            # Work that failed by itself says nothing of how long the whole takes.
-            usable = np.isfinite(lengths) & (self._success | self._censored)
-            self._models[key] = (
-                _Model(
-                    lengths[usable],
-                    self._values["seconds"][usable],
-                    self._success[usable],
-                    quantile,
-                )
-                if (usable & self._success).any()
-                else None
-            )
-        return self._models[key]
-
-    def stats(self) -> PerformanceStats:
-        seconds = self._values["seconds"][self._success]
-        given = self._values["timeout_given"][self._success]
-        average = float(seconds.mean()) if len(seconds) else 0.0
-        used = seconds[given > 0] / given[given > 0]
-        return PerformanceStats(
-            avg_time=average,
-            avg_processing_time=average,
-            success_rate=float(self._success.mean()) if len(self._success) else 0.0,
-            timeout_efficiency=float(used.mean()) if len(used) else 0.0,
-            timeouts=int(self._censored.sum()),
-            samples=len(self._success),
-        )
-
-
-class _Model:
-    """Time as a function of length, and how far it spreads above that.
-
-    Parameters
-    ----------
-    lengths, seconds : arrays, shape (n,)
-        Lengths (any unit) and times.
-    finished : array of bool, shape (n,)
-        Whether the work ended by itself; at least one has.
-    quantile : float
-        Quantile of observed over expected time, between 0 and 1.
-    """
-
-    def __init__(self, lengths: Floats, seconds: Floats, finished: Bools, quantile: float) -> None:
-        self.samples = int(finished.sum())
-        self._longest = float(lengths[finished].max())
-        self._overhead, self._rate = fit_line(lengths[finished], seconds[finished])
-        expected = np.array([self.expected(length) for length in lengths.tolist()])
-        self.spread = censored_quantile(seconds / expected, finished, quantile)
-
-    def expected(self, length: float) -> float:
-        """Return the time expected for a length."""
-        seen = min(length, self._longest)
-        seconds = self._overhead + self._rate * seen
-        if length > seen > 0:
-            seconds *= length / seen
-        return max(seconds, _LEAST_EXPECTED)
-
-
-def fit_line(lengths: Floats, seconds: Floats) -> tuple[float, float]:
-    """Fit a line of non-negative intercept and slope by the Theil-Sen estimator.
-
-    Parameters
-    ----------
-    lengths, seconds : arrays, shape (n,), n >= 1
-        Observations, 0 or more.
-
-    Returns
-    -------
-    overhead : float
-        Intercept, in the unit of `seconds`.
-    rate : float
-        Slope.
-    """
-    first, second = np.triu_indices(len(lengths), k=1)
-    run = lengths[second] - lengths[first]
-    rise = seconds[second] - seconds[first]
-    slopes = rise[run != 0] / run[run != 0]
-    rate = max(float(np.median(slopes)), 0.0) if len(slopes) else 0.0
-    overhead = float(np.median(seconds - rate * lengths))
-    positive = lengths > 0
-    if overhead >= 0 or not positive.any():
-        return max(overhead, 0.0), rate
-    return 0.0, float(np.median(seconds[positive] / lengths[positive]))
-
-
-def censored_quantile(values: Floats, observed: Bools, quantile: float) -> float:
-    """Estimate a quantile from values of which some are only lower bounds (Kaplan-Meier).
-
-    Parameters
-    ----------
-    values : array, shape (n,)
-        Observed values, and lower bounds of those that were cut off.
-    observed : array of bool, shape (n,)
-        False where a value is a lower bound; at least one is True.
-    quantile : float
-        Between 0 and 1.
-
-    Returns
-    -------
-    float
-        The smallest observed value that the estimated distribution function puts at or above
-        `quantile`; the largest observed value if there is none, since too many were cut off.
-    """
-    order = np.lexsort((~observed, values))  # of equal values, the observed come first
-    values, observed = values[order], observed[order]
-    at_risk = np.arange(len(values), 0, -1)
-    surviving = np.cumprod(1 - observed / at_risk)
-    reached = values[observed & (surviving <= 1 - quantile + 1e-9)]
-    return float(reached[0] if len(reached) else values[observed][-1])
-
-
-class OperationTimeoutError(TimeoutError):
-    """What `timeout_context` guards was not done in time.
-
-    Parameters
-    ----------
-    seconds : float
-        The time it had been given.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        super().__init__(f"not done after {seconds:g} s")
-        self.seconds = seconds
-
-    def __reduce__(self) -> tuple[type[Self], tuple[float]]:
-        return type(self), (self.seconds,)
-
-
-class TimeoutNotEnforceableError(RuntimeError):
-    """Nothing can interrupt the code here when its time is over."""
-
-
-class timeout_context:  # noqa: N801 - used like a function
-    """Interrupt the block when its time is over.
-
-    The block is interrupted by a signal, so it is in Python code, a system call or a wait that
-    `OperationTimeoutError` is raised. Native code that never comes back to the interpreter
-    cannot be interrupted this way, only by killing its process: run it in a
-    `robustness.worker_pool.WorkerPool`.
-
-    Contexts nest: the one that is over first interrupts, whichever it is; a timer and a handler
-    of ``SIGALRM`` that were set before go on after the block.
-
-    Parameters
-    ----------
-    seconds : float
-        Time for the block.
-
-    Raises
-    ------
-    TimeoutNotEnforceableError
-        On entry, outside the main thread (the only one that signals interrupt) and on systems
-        without ``setitimer``.
-    OperationTimeoutError
-        From the block, when its time is over.
-    ValueError
-        If `seconds` is not positive.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        if not seconds > 0:
-            raise ValueError(f"a timeout must be positive, not {seconds}")
-        self._seconds = seconds
-
-    def __enter__(self) -> None:
-        if not hasattr(signal, "setitimer"):
-            raise TimeoutNotEnforceableError(
-                "this system has no interval timer to interrupt the block with; "
-                "run it in a robustness.worker_pool.WorkerPool"
-            )
-        if threading.current_thread() is not threading.main_thread():
-            raise TimeoutNotEnforceableError(
-                "only the main thread of a process can be interrupted, and this is "
-                f"{threading.current_thread().name!r}; "
-                "run the block in a robustness.worker_pool.WorkerPool"
-            )
-        self._deadline = time.monotonic() + self._seconds
-        self._take_over()
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        tb: TracebackType | None,
-    ) -> None:
-        self._give_back()
-
-    def _take_over(self) -> None:
-        """Put this deadline in front of the timer and the handler there are."""
-        left, self._outer_interval = signal.getitimer(signal.ITIMER_REAL)
-        self._outer_deadline = time.monotonic() + left if left else math.inf
-        self._active = True
-        self._outer_handler = signal.signal(signal.SIGALRM, self._on_alarm)
-        self._arm()
-
-    def _arm(self) -> None:
-        """Set the timer to this deadline or the outer one, whichever comes first."""
-        _set_timer(min(self._deadline, self._outer_deadline), 0.0)
-
-    def _give_back(self) -> None:
-        """Leave the timer and the handler as they were before; once."""
-        if self._active:
-            self._active = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self._outer_handler)
-            _set_timer(self._outer_deadline, self._outer_interval)
-
-    def _on_alarm(self, signum: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if now >= self._deadline:
-            # Not left to __exit__, which an exception raised on the way into it would skip.
-            self._give_back()
-            raise OperationTimeoutError(self._seconds)
-        if now < self._outer_deadline:
-            self._arm()
-            return
-        # The outer timer is over: its handler runs as if this context were not there.
-        self._outer_deadline = now + self._outer_interval if self._outer_interval else math.inf
-        self._give_back()
-        if callable(self._outer_handler):
-            self._outer_handler(signum, frame)
-        elif self._outer_handler is signal.SIG_DFL:
-            signal.raise_signal(signum)
-        self._take_over()
-
-
-def _set_timer(deadline: float, interval: float) -> None:
-    """Set the interval timer to a point of the monotonic clock; not at all if that is infinite."""
-    if math.isfinite(deadline):
-        left = max(deadline - time.monotonic(), 1e-6)  # 0 would switch the timer off
-        signal.setitimer(signal.ITIMER_REAL, left, interval)
+    return os.getloadavg()[0] / len(os.sched_getaffinity(0))

@@ -1,7 +1,6 @@
-"""When a circuit breaker opens, tries and closes: the decisions alone.
+"""When a circuit breaker opens, probes and closes: the decisions, without clock, store or settings.
 
-Nothing here reads a clock, a store or a setting: `robustness.breaker_store` keeps the state that
-is decided upon, `robustness.circuit_breaker` is what users of breakers import.
+`robustness.breaker_store` keeps the state; `robustness.circuit_breaker` is the module to import.
 """
 
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ Forced = Literal["open", "disabled"]
 
 
 class CircuitState(StrEnum):
-    """What a breaker does with calls: let them through, refuse them, or try a few."""
+    """What a breaker does with calls: admit them, refuse them, or admit a few probes."""
 
     CLOSED = "CLOSED"
     OPEN = "OPEN"
@@ -86,7 +85,7 @@ class BreakerRecord:
     updated_at: float = 0.0
 
     def effective_state(self, now: float) -> CircuitState:
-        """Return the state a call would meet: an open breaker whose time is up would try it."""
+        """Return the state for a call now: an open breaker whose time is up admits a probe."""
         if self.forced is not None:
             return CircuitState.OPEN if self.forced == "open" else CircuitState.CLOSED
         if self.state == CircuitState.OPEN and self.retry_after(now) <= 0:
@@ -94,16 +93,16 @@ class BreakerRecord:
         return CircuitState(self.state)
 
     def retry_after(self, now: float) -> float:
-        """Return the seconds until the breaker lets a call through, 0 if it does so now."""
+        """Return the seconds until the breaker admits a call, 0 if it does so now."""
         if self.forced == "open":
-            return self.recovery_timeout  # nobody knows; that is how long others wait
+            return self.recovery_timeout  # until when is unknown
         if self.forced is not None or self.state != CircuitState.OPEN or self.opened_at is None:
             return 0.0
         # A clock that was set back must not keep the breaker open beyond its time.
         return min(max(self.opened_at + self.recovery_timeout - now, 0.0), self.recovery_timeout)
 
     def why_refused(self, now: float) -> str:
-        """Return what a call that meets an open breaker is told."""
+        """Return why an open breaker refuses a call."""
         if self.forced == "open":
             return "is held open by hand"
         since = datetime.fromtimestamp(self.opened_at or now, UTC)
@@ -112,7 +111,7 @@ class BreakerRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class BreakerPolicy:
-    """The thresholds of a breaker; see `robustness.circuit_breaker.CircuitBreaker`.
+    """The thresholds of a breaker; see `robustness.circuit_breaker.BreakerOptions`.
 
     Raises
     ------
@@ -122,24 +121,20 @@ class BreakerPolicy:
 
     failure_threshold: int
     recovery_timeout: float
-    recovery_multiplier: float
-    max_recovery_timeout: float
-    failure_rate_threshold: float | None
-    slow_call_seconds: float | None
-    slow_call_rate_threshold: float | None
-    window_size: int
-    window_seconds: float | None
-    minimum_calls: int
     half_open_permits: int
-    half_open_successes: int
+    half_open_successes: int = 1
+    failure_rate_threshold: float | None = None
+    slow_call_seconds: float | None = None
+    slow_call_rate_threshold: float | None = None
+    window_size: int = 100
+    window_seconds: float | None = None
+    minimum_calls: int | None = None
 
     def __post_init__(self) -> None:
         for option, lowest in (
             ("failure_threshold", 1),
             ("recovery_timeout", 0),
-            ("recovery_multiplier", 1),
             ("window_size", 1),
-            ("minimum_calls", 1),
             ("half_open_permits", 1),
             ("half_open_successes", 1),
         ):
@@ -151,9 +146,10 @@ class BreakerPolicy:
                 raise ValueError(f"{option}={rate} should be above 0 and at most 1")
         if (self.slow_call_seconds is None) != (self.slow_call_rate_threshold is None):
             raise ValueError("slow_call_seconds and slow_call_rate_threshold go together")
-        if self.minimum_calls > self.window_size:
+        if self.minimum_calls is not None and not 1 <= self.minimum_calls <= self.window_size:
             raise ValueError(
-                f"minimum_calls={self.minimum_calls} exceeds window_size={self.window_size}"
+                f"minimum_calls={self.minimum_calls} should be between 1 and the window_size, "
+                f"{self.window_size}"
             )
 
     @property
@@ -162,7 +158,7 @@ class BreakerPolicy:
         return not (self.failure_rate_threshold is self.slow_call_rate_threshold is None)
 
     def is_slow(self, seconds: float) -> bool:
-        """Tell whether a call that took this long is slow."""
+        """Return whether a call that took this long is slow."""
         return self.slow_call_seconds is not None and seconds > self.slow_call_seconds
 
     def why_open(self, record: BreakerRecord, rates: Rates | None) -> str | None:
@@ -194,10 +190,6 @@ class BreakerPolicy:
         """Count a probe's success or failure; return the state to go to and why, if to any."""
         if report.outcome == "failure" or report.slow:
             record.consecutive_failures += 1
-            longer = record.recovery_timeout * self.recovery_multiplier
-            record.recovery_timeout = min(
-                longer, max(self.max_recovery_timeout, self.recovery_timeout)
-            )
             if report.outcome == "failure":
                 return CircuitState.OPEN, f"a probe failed with {record.last_error}"
             return CircuitState.OPEN, f"a probe took over {self.slow_call_seconds:g} s"

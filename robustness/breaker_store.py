@@ -1,8 +1,7 @@
-"""The state of circuit breakers: in the store for all processes, and what this process knows.
+"""The state of circuit breakers: in the store for all processes, and a copy in this one.
 
-A call that meets a closed breaker costs no access to the store: state up to a second old is good
-enough for that, and successes are stored together, within a second. Failures, probes and
-transitions are stored at once.
+A call that meets a closed breaker costs no access to the store: its state may be a second old, and
+successes are stored together, within a second. Failures, probes and transitions are stored at once.
 """
 
 import atexit
@@ -29,13 +28,12 @@ from robustness.breaker_policy import (
     Transition,
 )
 from robustness.log_context import current_log_fields
-from robustness.state import (
-    StateStore,
+from robustness.state import StateStore, get_state_store
+from robustness.state_schema import (
     breaker_outcomes,
     breaker_probes,
     breaker_transitions,
     circuit_breakers,
-    get_state_store,
     insert_into,
     prune,
 )
@@ -112,7 +110,7 @@ class BreakerState:
         return self._given_store or get_state_store()
 
     def forget(self) -> None:
-        """Start with nothing pending, as after a fork: what is, the parent stores."""
+        """Drop what is pending, after a fork: the parent stores it."""
         self._lock = threading.Lock()
         self._pending = _Pending()
         self._flush_due = False
@@ -151,24 +149,24 @@ class BreakerState:
             self._remember(record)
             self._announce(transitions)
         if isinstance(answer, Refusal):
-            self._postpone(rejected=1)
+            self._defer(rejected=1)
         return answer
 
     def report(self, report: Report) -> None:
-        """Take in how a call went."""
+        """Record how a call went."""
         if report.token is None:
             if report.outcome == "released":
                 return
             if report.outcome == "ignored":
-                self._postpone(ignored=1)
+                self._defer(ignored=1)
                 return
-            # A success can only matter if failures came before it, or if it is slow.
+            # A success matters only after failures, or if it is slow.
             if (
                 report.outcome == "success"
                 and not report.slow
                 and self.recent().consecutive_failures == 0
             ):
-                self._postpone(success_at=time.time())
+                self._defer(success_at=time.time())
                 return
         self._write(self._take_pending(), report)
 
@@ -199,10 +197,10 @@ class BreakerState:
             return replace(cached[2])
         return BreakerRecord(self.name, CircuitState.CLOSED, self._policy.recovery_timeout)
 
-    def _postpone(
+    def _defer(
         self, *, success_at: float | None = None, ignored: int = 0, rejected: int = 0
     ) -> None:
-        """Leave an outcome that changes no state to be stored with others."""
+        """Keep an outcome that changes no state, to be stored with others."""
         with self._lock:
             if success_at is not None:
                 self._pending.success_times.append(success_at)
@@ -223,7 +221,9 @@ class BreakerState:
         return pending
 
     def _write(self, pending: _Pending, report: Report | None) -> None:
-        record, transitions = self._store.transact(lambda c: self._account(c, pending, report))
+        record, transitions = self._store.transact(
+            lambda c: self._store_outcomes(c, pending, report)
+        )
         self._remember(record)
         self._announce(transitions)
 
@@ -289,10 +289,10 @@ class BreakerState:
         )
         return record, transitions, Admission(record.generation, token)
 
-    def _account(
+    def _store_outcomes(
         self, connection: Connection, pending: _Pending, report: Report | None
     ) -> tuple[BreakerRecord, list[Transition]]:
-        """Store what was pending, then a report, and draw the consequences."""
+        """Store pending outcomes, then a report, and the transition that follows from it."""
         record = self._lock_record(connection)
         now = time.time()
         transitions: list[Transition] = []
@@ -304,11 +304,11 @@ class BreakerState:
                 record.consecutive_failures = 0
             self._extend_window(connection, [(at, False, False) for at in pending.success_times])
         if report is not None:
-            transitions = self._account_report(connection, record, report, now)
+            transitions = self._store_report(connection, record, report, now)
         self._save(connection, record, now)
         return record, transitions
 
-    def _account_report(
+    def _store_report(
         self, connection: Connection, record: BreakerRecord, report: Report, now: float
     ) -> list[Transition]:
         failed = report.outcome == "failure"
@@ -318,7 +318,14 @@ class BreakerState:
             record.failure_count += 1
             record.last_failure_at = now
             record.last_error = f"{type(report.error).__name__}: {report.error}"
-        holds_permit = report.token is not None and self._return_permit(connection, report.token)
+        # A probe's permit may have been given to another when its lease was over.
+        holds_permit = (
+            report.token is not None
+            and connection.execute(
+                sa.delete(breaker_probes).where(breaker_probes.c.token == report.token)
+            ).rowcount
+            == 1
+        )
         if (
             report.outcome not in ("success", "failure")
             or report.generation != record.generation
@@ -334,13 +341,6 @@ class BreakerState:
         elif holds_permit:
             verdict = self._policy.after_probe(record, report)
         return [self._move(connection, record, verdict[0], now, verdict[1])] if verdict else []
-
-    def _return_permit(self, connection: Connection, token: str) -> bool:
-        """Give a probe's permit back; False if its lease was over and somebody took it away."""
-        deleted = connection.execute(
-            sa.delete(breaker_probes).where(breaker_probes.c.token == token)
-        )
-        return deleted.rowcount == 1
 
     def _extend_window(
         self, connection: Connection, window: list[tuple[float, bool, bool]]
@@ -372,7 +372,8 @@ class BreakerState:
                 sa.func.count().filter(newest.c.slow),
             ).select_from(newest)
         ).one()
-        return None if calls < policy.minimum_calls else Rates(failed / calls, slow / calls)
+        fewest = policy.minimum_calls or min(10, policy.window_size)
+        return None if calls < fewest else Rates(failed / calls, slow / calls)
 
     def _move(
         self,

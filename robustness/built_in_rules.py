@@ -272,7 +272,7 @@ BUILT_IN_RULES: tuple[Rule, ...] = (
     ),
     # --- Databases.
     Rule(
-        name="SQLite busy or out of reach",
+        name="SQLite busy or unreachable",
         error_type=ErrorType.DATABASE,
         attributes={
             "sqlite_errorname": (
@@ -303,7 +303,7 @@ BUILT_IN_RULES: tuple[Rule, ...] = (
     Rule(
         # SQLSTATE classes: connection, transaction rollback, resources, prerequisite state,
         # operator intervention, system error.
-        name="SQL server busy or out of reach",
+        name="SQL server busy or unreachable",
         error_type=ErrorType.DATABASE,
         attributes={"sqlstate": ("08*", "40*", "53*", "55*", "57*", "58*")},
     ),
@@ -329,7 +329,7 @@ BUILT_IN_RULES: tuple[Rule, ...] = (
         severity=CRITICAL,
     ),
     Rule(
-        name="DuckDB busy or out of reach",
+        name="DuckDB busy or unreachable",
         error_type=ErrorType.DATABASE,
         exceptions=("duckdb.OperationalError", "duckdb.InterruptException"),
     ),
@@ -346,7 +346,7 @@ BUILT_IN_RULES: tuple[Rule, ...] = (
         attributes={"connection_invalidated": ("True",)},
     ),
     Rule(
-        name="database out of reach",
+        name="database unreachable",
         error_type=ErrorType.DATABASE,
         exceptions=(
             "sqlalchemy.OperationalError",

@@ -1,9 +1,8 @@
 """Circuit breakers that all processes of a deployment share.
 
-A breaker that has seen too many failures opens: calls are refused at once, until a bounded number
-of probes (over all processes) has shown that the work succeeds again. The model is the circuit
-breaker of M. Nygard, *Release It!* (2007), with the sliding-window failure and slow-call rates of
-resilience4j.
+After too many failures a breaker opens: it refuses calls until a bounded number of probes, over
+all processes, has succeeded. This is the circuit breaker of M. Nygard, *Release It!* (2007), with
+the sliding-window failure and slow-call rates of resilience4j.
 """
 
 import functools
@@ -14,17 +13,18 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from contextvars import ContextVar
 from types import TracebackType
 from typing import ParamSpec, TypedDict, TypeVar, Unpack, cast
+from weakref import WeakValueDictionary
 
 import sqlalchemy as sa
 
-import robustness.log_context  # noqa: F401 - its fields belong on this module's log records
 from robustness.breaker_policy import BreakerPolicy, CircuitState, Outcome, Report, Transition
 from robustness.breaker_store import Admission, BreakerState, Refusal
+from robustness.log_context import get_logger
 from robustness.settings import get_settings
-from robustness.state import StateStore, circuit_breakers, get_state_store
+from robustness.state import StateStore, get_state_store
+from robustness.state_schema import circuit_breakers
 
 __all__ = [
     "BreakerOptions",
@@ -41,7 +41,7 @@ __all__ = [
     "get_circuit_breaker",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger("circuit_breaker")
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -96,22 +96,43 @@ class BreakerStats(TypedDict):
 
 
 class BreakerOptions(TypedDict, total=False):
-    """The keyword arguments of `CircuitBreaker`."""
+    """The options of a breaker; their defaults are those of `BreakerPolicy` and the settings.
 
-    failure_threshold: int | None
-    recovery_timeout: float | None
-    recovery_multiplier: float
-    max_recovery_timeout: float
-    failure_rate_threshold: float | None
-    slow_call_seconds: float | None
-    slow_call_rate_threshold: float | None
+    Parameters
+    ----------
+    failure_threshold : int
+        Consecutive failures that open it; CIRCUIT_BREAKER_FAILURE_THRESHOLD by default.
+    recovery_timeout : float
+        Seconds from opening to the first probe; CIRCUIT_BREAKER_RECOVERY_TIMEOUT by default.
+    failure_rate_threshold : float
+        Share of failures in the sliding window (0 to 1) that opens it, too.
+    slow_call_seconds : float
+        Calls that take longer are slow.
+    slow_call_rate_threshold : float
+        Share of slow calls in the sliding window (0 to 1) that opens it, too; a slow probe then
+        counts as failed.
+    window_size : int
+        Calls in the sliding window; 100 by default.
+    window_seconds : float
+        Leaves calls out of the window that are older than this.
+    minimum_calls : int
+        Calls in the window before its rates count; 10, or the window if it is smaller.
+    half_open_permits : int
+        Probes in flight at once, over all processes; ROBUSTNESS_HALF_OPEN_PERMITS by default.
+    half_open_successes : int
+        Successful probes that close it; 1 by default.
+    """
+
+    failure_threshold: int
+    recovery_timeout: float
+    failure_rate_threshold: float
+    slow_call_seconds: float
+    slow_call_rate_threshold: float
     window_size: int
-    window_seconds: float | None
-    minimum_calls: int | None
-    half_open_permits: int | None
+    window_seconds: float
+    minimum_calls: int
+    half_open_permits: int
     half_open_successes: int
-    counts: Callable[[Exception], bool] | None
-    store: StateStore | None
 
 
 _Listener = Callable[[Transition], None]
@@ -141,41 +162,40 @@ def add_transition_listener(listener: _Listener) -> Callable[[], None]:
 
 
 class Permit:
-    """Leave to make one call; its holder says how the call went, once.
+    """Permission to make one call; its holder reports once how the call went.
 
     A permit of a half-open breaker is a lease in the store: if its holder dies, another process
     gets it when the lease is over.
     """
 
-    __slots__ = ("_admission", "_breaker", "_settled", "_started")
+    __slots__ = ("_admission", "_breaker", "_reported", "_started")
 
     def __init__(self, breaker: "CircuitBreaker", admission: Admission) -> None:
         self._breaker = breaker
         self._admission = admission
         self._started = time.perf_counter()
-        self._settled = False
+        self._reported = False
 
     @property
     def is_probe(self) -> bool:
-        """Whether the call tries out a half-open breaker."""
+        """Whether the call is a probe of a half-open breaker."""
         return self._admission.token is not None
 
     def succeeded(self, seconds: float | None = None) -> None:
         """Record a success and the time it took; by default, the time since the permit."""
-        self._settle("success", seconds=seconds)
+        self._report("success", seconds=seconds)
 
     def failed(
         self, error: BaseException, seconds: float | None = None, *, counts: bool | None = None
     ) -> None:
         """Record a failure.
 
-        What is no `Exception` (an interrupt, a cancellation) says nothing about the work and
-        only gives the permit back.
+        An interrupt or a cancellation (no `Exception`) only gives the permit back.
 
         Parameters
         ----------
         error : BaseException
-            What the call failed of.
+            The exception.
         seconds : float, optional
             The time it took; by default, the time since the permit.
         counts : bool, optional
@@ -184,31 +204,31 @@ class Permit:
         if not isinstance(error, Exception):
             self.release()
         elif self._breaker.counts(error) if counts is None else counts:
-            self._settle("failure", error=error, seconds=seconds)
+            self._report("failure", error=error, seconds=seconds)
         else:
             self.ignored(error)
 
     def ignored(self, error: BaseException | None = None) -> None:
-        """Record a failure that says nothing about the health of what the breaker guards."""
-        self._settle("ignored", error=error)
+        """Record a failure that does not count."""
+        self._report("ignored", error=error)
 
     def release(self) -> None:
         """Give the permit back unused."""
-        self._settle("released")
+        self._report("released")
 
-    def _settle(
+    def _report(
         self,
         outcome: Outcome,
         *,
         error: BaseException | None = None,
         seconds: float | None = None,
     ) -> None:
-        if self._settled:
+        if self._reported:
             return
-        self._settled = True
+        self._reported = True
         if seconds is None:
             seconds = time.perf_counter() - self._started
-        slow = self._breaker.is_slow(seconds)
+        slow = self._breaker._policy.is_slow(seconds)
         admission = self._admission
         self._breaker._state.report(
             Report(admission.generation, admission.token, outcome, error, slow)
@@ -237,7 +257,7 @@ class GuardedCall:
         if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
             raise TypeError(
                 f"calling {function.__qualname__} runs nothing yet: guard where it is awaited or "
-                "iterated over by `with breaker:`"
+                "iterated over by `with breaker.call:`"
             )
         # Another object than this one, which may be in use further up or in another thread.
         with GuardedCall(self._breaker):
@@ -262,12 +282,8 @@ class GuardedCall:
             permit.failed(error)
 
 
-# The blocks that this thread or asyncio task is in, innermost last.
-_entered: ContextVar[tuple[GuardedCall, ...]] = ContextVar("_entered", default=())
-
-
 def _is_systemic(error: Exception) -> bool:
-    """Ask the error classifier whether an error speaks of more than one file."""
+    """Ask the error classifier whether an error concerns more than one file."""
     from robustness.error_classifier import get_error_classifier
 
     return get_error_classifier().classify_error(error, {}).systemic
@@ -280,43 +296,19 @@ class CircuitBreaker:
     ----------
     name : str, optional
         Breakers of one name share one state, in all processes that use the same store. Without a
-        name, the state is this object's alone.
-    failure_threshold : int, optional
-        Consecutive failures that open it; CIRCUIT_BREAKER_FAILURE_THRESHOLD by default.
-    recovery_timeout : float, optional
-        Seconds from opening to the first probe; CIRCUIT_BREAKER_RECOVERY_TIMEOUT by default.
-    recovery_multiplier : float
-        Factor on the recovery timeout each time that a probe fails (1 keeps it constant).
-    max_recovery_timeout : float
-        Bound (s) for the recovery timeout as it grows.
-    failure_rate_threshold : float, optional
-        Share of failures in the sliding window (0 to 1) that opens it, too.
-    slow_call_seconds : float, optional
-        Calls that take longer are slow.
-    slow_call_rate_threshold : float, optional
-        Share of slow calls in the sliding window (0 to 1) that opens it, too; a slow probe then
-        counts as failed.
-    window_size : int
-        Calls in the sliding window.
-    window_seconds : float, optional
-        Leaves calls out of the window that are older than this.
-    minimum_calls : int, optional
-        Calls in the window before its rates are looked at; 10, or the window if it is smaller.
-    half_open_permits : int, optional
-        Probes in flight at once, over all processes; ROBUSTNESS_HALF_OPEN_PERMITS by default.
-    half_open_successes : int
-        Successful probes that close it.
+        name, the state is this object's alone, listed in its process under a made-up name.
     counts : callable, optional
-        Tells whether an exception counts as a failure; those that do not are recorded as
-        ignored. By default the error classifier decides: what is systemic counts, a file's own
-        fault does not.
+        Whether an exception counts as a failure; one that does not is recorded as ignored. By
+        default the error classifier decides: systemic errors count, a file's own fault does not.
     store : StateStore, optional
         Where the state lives; the process's store (`get_state_store`) for a breaker with a name.
+    **options
+        See `BreakerOptions`.
 
     Raises
     ------
     ValueError
-        If an argument is out of its range.
+        If an option is out of its range.
 
     Notes
     -----
@@ -328,49 +320,25 @@ class CircuitBreaker:
         self,
         name: str | None = None,
         *,
-        failure_threshold: int | None = None,
-        recovery_timeout: float | None = None,
-        recovery_multiplier: float = 1.0,
-        max_recovery_timeout: float = 3600.0,
-        failure_rate_threshold: float | None = None,
-        slow_call_seconds: float | None = None,
-        slow_call_rate_threshold: float | None = None,
-        window_size: int = 100,
-        window_seconds: float | None = None,
-        minimum_calls: int | None = None,
-        half_open_permits: int | None = None,
-        half_open_successes: int = 1,
         counts: Callable[[Exception], bool] | None = None,
         store: StateStore | None = None,
+        **options: Unpack[BreakerOptions],
     ) -> None:
         settings = get_settings()
-        if failure_threshold is None:
-            failure_threshold = settings.circuit_breaker_failure_threshold
-        if recovery_timeout is None:
-            recovery_timeout = settings.circuit_breaker_recovery_timeout
-        self._policy = BreakerPolicy(
-            failure_threshold=failure_threshold,
-            recovery_timeout=recovery_timeout,
-            recovery_multiplier=recovery_multiplier,
-            max_recovery_timeout=max_recovery_timeout,
-            failure_rate_threshold=failure_rate_threshold,
-            slow_call_seconds=slow_call_seconds,
-            slow_call_rate_threshold=slow_call_rate_threshold,
-            window_size=window_size,
-            window_seconds=window_seconds,
-            minimum_calls=min(10, window_size) if minimum_calls is None else minimum_calls,
-            half_open_permits=(
-                settings.half_open_permits if half_open_permits is None else half_open_permits
-            ),
-            half_open_successes=half_open_successes,
-        )
+        defaults: BreakerOptions = {
+            "failure_threshold": settings.circuit_breaker_failure_threshold,
+            "recovery_timeout": settings.circuit_breaker_recovery_timeout,
+            "half_open_permits": settings.half_open_permits,
+        }
+        self._policy = BreakerPolicy(**(defaults | options))
         self.counts = counts or _is_systemic
+        self.name = f"unnamed-{uuid.uuid4().hex[:12]}" if name is None else name
         if name is None:
-            name = f"unnamed-{uuid.uuid4().hex[:12]}"
             store = store or _private_store()
-        self.name = name
-        self._state = BreakerState(name, self._policy, store, _announce)
-        if store is None:
+        self._state = BreakerState(self.name, self._policy, store, _announce)
+        if name is None:
+            _unnamed[self.name] = self
+        elif store is None:
             _registry.setdefault(name, self)
 
     @property
@@ -380,7 +348,7 @@ class CircuitBreaker:
 
     @property
     def recovery_timeout(self) -> float:
-        """Seconds from opening to the first probe, before it grows with failed probes."""
+        """Seconds from opening to the first probe."""
         return self._policy.recovery_timeout
 
     @property
@@ -388,35 +356,19 @@ class CircuitBreaker:
         """Calls a function under the breaker; also a context manager that guards its block.
 
         ``breaker.call(function, *args, **kwargs)`` returns the function's result;
-        ``with breaker.call:`` and ``with breaker:`` guard a block. Each raises
-        `CircuitBreakerOpenError` if the breaker refuses.
+        ``with breaker.call:`` guards a block. Each raises `CircuitBreakerOpenError` if the breaker
+        refuses.
         """
         return GuardedCall(self)
 
-    def __enter__(self) -> Permit:
-        guard = GuardedCall(self)
-        permit = guard.__enter__()
-        _entered.set((*_entered.get(), guard))
-        return permit
-
-    def __exit__(
-        self,
-        type_: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        *outer, guard = _entered.get()
-        _entered.set(tuple(outer))
-        guard.__exit__(type_, error, traceback)
-
     def acquire(self, *, lease_seconds: float | None = None) -> Permit:
-        """Ask for leave to make one call, which may end in another thread.
+        """Ask for a permit for one call, which may end in another thread.
 
         Parameters
         ----------
         lease_seconds : float, optional
-            Time after which the permit of a probe is given to others; longer than the call can
-            take. TIMEOUT_MAX_DELAY by default.
+            Seconds after which a probe's permit is given to others, longer than the call can take;
+            TIMEOUT_MAX_DELAY by default.
 
         Raises
         ------
@@ -428,12 +380,8 @@ class CircuitBreaker:
             raise CircuitBreakerOpenError(self.name, answer.retry_after, answer.why)
         return Permit(self, answer)
 
-    def is_slow(self, seconds: float) -> bool:
-        """Tell whether a call that took this long is slow."""
-        return self._policy.is_slow(seconds)
-
     def get_state(self) -> CircuitState:
-        """Return what a call would meet now.
+        """Return the state for a call now.
 
         A breaker forced open is OPEN, a disabled one CLOSED; an open one whose recovery timeout
         is over is HALF_OPEN.
@@ -509,6 +457,7 @@ _KNOWN_BREAKERS: dict[str, BreakerOptions] = {
 }
 
 _registry: dict[str, CircuitBreaker] = {}
+_unnamed: WeakValueDictionary[str, CircuitBreaker] = WeakValueDictionary()
 
 
 def get_circuit_breaker(name: str) -> CircuitBreaker:
@@ -523,14 +472,22 @@ def get_circuit_breaker(name: str) -> CircuitBreaker:
 
 
 def all_circuit_breakers() -> dict[str, CircuitBreaker]:
-    """Return the breakers that the process's store knows, by name, in order."""
+    """Return the breakers of all processes that share the store, by name, in order.
+
+    Then come those of this process that have no name, under made-up ones, while they are in use.
+    """
     names = sa.select(circuit_breakers.c.name).order_by(circuit_breakers.c.name)
     found = get_state_store().query(lambda c: c.execute(names).scalars().all())
-    return {name: get_circuit_breaker(name) for name in found}
+    unnamed = [breaker for reference in _unnamed.valuerefs() if (breaker := reference())]
+    return {name: get_circuit_breaker(name) for name in found} | {b.name: b for b in unnamed}
 
 
 def circuit_breaker(
-    name: str | None = None, **options: Unpack[BreakerOptions]
+    name: str | None = None,
+    *,
+    counts: Callable[[Exception], bool] | None = None,
+    store: StateStore | None = None,
+    **options: Unpack[BreakerOptions],
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Guard a function or coroutine function by a breaker, kept as its attribute ``breaker``.
 
@@ -539,7 +496,7 @@ def circuit_breaker(
     name : str, optional
         The breaker's name; by default the function's qualified name, which all processes that
         import it share. A function defined inside another one gets a breaker of its own.
-    **options
+    counts, store, **options
         As for `CircuitBreaker`.
 
     Raises
@@ -556,7 +513,7 @@ def circuit_breaker(
         shared = name
         if shared is None and "<locals>" not in function.__qualname__:
             shared = f"{function.__module__}.{function.__qualname__}"
-        breaker = CircuitBreaker(shared, **options)
+        breaker = CircuitBreaker(shared, counts=counts, store=store, **options)
 
         if inspect.iscoroutinefunction(function):
 

@@ -19,13 +19,12 @@ class SmartRetryPolicy(RetryPolicy):
     """A retry policy whose delays come from the smart retry manager.
 
     Dagster asks it for the delay when a step raised, crashed or was interrupted. A
-    `robustness.smart_retry.DeferredError` says itself when to come back. Any other exception is
-    classified: an open circuit breaker's time of recovery is waited for, an error that is not
-    retryable fails the step at once, and an interruption, for instance by terminating the run,
-    stays one.
+    `robustness.smart_retry.DeferredError` has its own delay. Any other exception is classified: an
+    open circuit breaker sets the delay, an error that is not retryable fails the step at once, and
+    an interruption (the run was terminated) is raised again.
 
-    Dagster sleeps out the delay and does not notice meanwhile that the run is terminated. A step
-    that can wait by itself sets `longest_sleep`, and waits for `time_left` when it is retried.
+    While Dagster sleeps it does not notice that the run is terminated. A step that can wait by
+    itself sets `longest_sleep`, and waits for `time_left` when it is retried.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Says what kind of fault an error is, how much it matters, and what to do about it."""
+"""What kind of fault an error is, how much it matters, and what to do about it."""
 
 import logging
 import os
@@ -17,7 +17,6 @@ from typing import Final, NamedTuple
 
 import sqlalchemy as sa
 
-import robustness.log_context  # noqa: F401 - its fields belong on this module's log records
 from robustness.built_in_rules import BUILT_IN_RULES
 from robustness.error_rules import (
     CONSEQUENCES,
@@ -30,8 +29,10 @@ from robustness.error_rules import (
     is_remote_traceback,
     rules_from_pyproject,
 )
-from robustness.file_evidence import FileEvidence, FileState, inspect_file
-from robustness.state import StateStore, errors, get_state_store, prune
+from robustness.file_evidence import ContentCheck, FileEvidence, FileState, inspect_file
+from robustness.log_context import get_logger
+from robustness.state import StateStore, get_state_store
+from robustness.state_schema import errors, prune
 
 __all__ = [
     "ErrorClassifier",
@@ -43,7 +44,7 @@ __all__ = [
     "get_error_classifier",
 ]
 
-logger = logging.getLogger(__name__)
+logger = get_logger("error_classifier")
 
 ERRORS_KEPT: Final = 10_000
 """Errors kept in the state store."""
@@ -53,7 +54,7 @@ _GROUPS = ("by_type", "by_severity", "by_recovery_strategy", "by_operation")
 
 @dataclass(frozen=True)
 class ErrorInfo:
-    """What the classifier makes of an error.
+    """The classification of an error.
 
     Parameters
     ----------
@@ -77,9 +78,9 @@ class ErrorInfo:
     rule : str or None
         The rule that recognized it; None if the error declared its type or none did.
     evidence : str or None
-        What the file looks like, where that explains the error.
+        The state of the file, where that explains the error.
     retry_after : float or None
-        Seconds to wait at least before the next attempt, where whoever refused has said so.
+        Shortest wait (s) before the next attempt, where the error asks for one.
     at : float
         When it was first classified, in seconds since the epoch.
     record_id : int or None
@@ -128,7 +129,7 @@ _EXPLANATIONS: Mapping[FileState, _Explanation] = {
     FileState.MISSING: _Explanation(
         ErrorType.FILE_SYSTEM, _GONE, _ABOUT_CONTENT | _ABOUT_ACCESS | {ErrorType.UNKNOWN}
     ),
-    FileState.STORAGE_AWAY: _Explanation(
+    FileState.STORAGE_UNREACHABLE: _Explanation(
         ErrorType.FILE_SYSTEM, _AWAY, _ABOUT_CONTENT | _ABOUT_ACCESS | {ErrorType.UNKNOWN}
     ),
     FileState.NOT_A_FILE: _Explanation(
@@ -145,7 +146,7 @@ _EXPLANATIONS: Mapping[FileState, _Explanation] = {
     FileState.ZERO_FILLED: _Explanation(
         ErrorType.CORRUPT_FILE, _SKIP, _ABOUT_CONTENT | {ErrorType.UNKNOWN}
     ),
-    FileState.NOT_AUDIO: _Explanation(
+    FileState.WRONG_CONTENT: _Explanation(
         ErrorType.UNSUPPORTED_FORMAT, _SKIP, _ABOUT_CONTENT | {ErrorType.UNKNOWN}
     ),
     # Something may have been put before a stream that is sound itself.
@@ -204,8 +205,8 @@ class ErrorClassifier:
 
     An exception that declares an attribute `error_type` (an `ErrorType` or its name) is believed;
     it may declare `severity`, `retryable` and `systemic` too. Otherwise the rules are tried on the
-    exception, then on those it was raised from. Where the context names the file, what the file
-    looks like is weighed against what the exception says.
+    exception, then on those it was raised from. Where the context names the file, the state of the
+    file is weighed against the exception.
 
     Parameters
     ----------
@@ -234,12 +235,12 @@ class ErrorClassifier:
     def _store(self) -> StateStore:
         return self._given_store or get_state_store()
 
-    def add_rule(self, rule: Rule) -> None:
-        """Put a rule before all others."""
-        self._rules = (rule, *self._rules)
-
     def classify_error(
-        self, exception: BaseException, context: Mapping[str, object] | None = None
+        self,
+        exception: BaseException,
+        context: Mapping[str, object] | None = None,
+        *,
+        check_content: ContentCheck | None = None,
     ) -> ErrorInfo:
         """Classify an error and record it.
 
@@ -253,22 +254,30 @@ class ErrorClassifier:
         context : mapping, optional
             What is known of the circumstances. Used are `operation` (str), `file_path` (path of
             the file being worked on) and `library_root` (path of the library it belongs to).
+        check_content : callable, optional
+            Compares that file's first bytes with its name, see `robustness.file_evidence`;
+            without it, its content is evidence only if it is empty or all zeros.
 
         Returns
         -------
         ErrorInfo
             The classification.
         """
-        return self._record(exception, self.classify(exception, context))
+        info = self.classify(exception, context, check_content=check_content)
+        return self._record(exception, info)
 
     def classify(
-        self, exception: BaseException, context: Mapping[str, object] | None = None
+        self,
+        exception: BaseException,
+        context: Mapping[str, object] | None = None,
+        *,
+        check_content: ContentCheck | None = None,
     ) -> ErrorInfo:
         """Classify an error without recording it; see `classify_error`."""
         context = dict(context or {})
         facts = Facts(exception)
         links = tuple(_links(exception))
-        verdict, evidence = _weigh_file(self._judge(links), context)
+        verdict, evidence = _weigh_file(self._judge(links), context, check_content)
         info = ErrorInfo(
             error_type=verdict.error_type,
             severity=verdict.consequences.severity,
@@ -457,7 +466,7 @@ class _Mark(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class _Verdict:
-    """A classification, the exception of the chain it rests on, and how it was reached."""
+    """A classification, the exception of the chain it rests on, and its rule."""
 
     error_type: ErrorType
     consequences: Consequences
@@ -521,9 +530,9 @@ def _declared_verdict(link: BaseException) -> _Verdict | None:
 
 
 def _weigh_file(
-    verdict: _Verdict, context: Mapping[str, object]
+    verdict: _Verdict, context: Mapping[str, object], check_content: ContentCheck | None
 ) -> tuple[_Verdict, FileEvidence | None]:
-    """Weigh a verdict against the looks of the file it is about."""
+    """Weigh a verdict against the evidence of the file it is about."""
     worked_on = _path(context.get("file_path"))
     named = _path(getattr(verdict.link, "filename", None))
     about_access = verdict.error_type in _ABOUT_ACCESS
@@ -534,16 +543,16 @@ def _weigh_file(
         return verdict, None
     if verdict.error_type is ErrorType.UNKNOWN and verdict.rule:
         return verdict, None  # an interruption or a defect is not the file's doing
-    evidence = inspect_file(path, _path(context.get("library_root")))
+    evidence = inspect_file(path, _path(context.get("library_root")), check_content)
     explanation = _EXPLANATIONS.get(evidence.state)
     if explanation is None or verdict.error_type not in explanation.explains:
         if isinstance(verdict.link, FileNotFoundError) and named == worked_on:
-            # It was missing a moment ago: the storage was away.
+            # It was missing a moment ago: its storage was unreachable.
             there = FileEvidence(evidence.state, "the file is there again")
             return replace(verdict, consequences=_AWAY), there
         return verdict, None
     if verdict.declared and evidence.state is FileState.MISLABELLED:
-        return verdict, None  # whoever declares the type has looked inside
+        return verdict, None  # the code that declares the type has read the file
     return verdict.in_the_light_of(evidence), evidence
 
 

@@ -1,6 +1,6 @@
 """The vocabulary of error classification, and what a rule is that maps exceptions onto it.
 
-Rules are data. They look at facts about an exception: its classes, `errno`, attributes such as an
+Rules are data. They test facts about an exception: its classes, `errno`, attributes such as an
 HTTP status or an SQL state, the signal that ended a process, the packages it passed through. The
 message counts only where a library says what happened in no other way.
 """
@@ -137,7 +137,7 @@ class Facts:
 
     @cached_property
     def _class_names(self) -> tuple[str, ...]:
-        """Full names of its class and its base classes; of those it stands for, if it does."""
+        """Full names of its class and base classes; of the original's for a `RemoteError`."""
         if isinstance(self._exception, RemoteError):
             return self._exception.type_names
         classes = type(self._exception).__mro__[:-1]  # without object
@@ -165,7 +165,7 @@ class Facts:
             return self._exception.message
         try:
             return str(self._exception)
-        except Exception:  # noqa: BLE001 - somebody's __str__ must not hide the error itself
+        except Exception:  # noqa: BLE001 - a failing __str__ must not hide the error itself
             return ""
 
     @cached_property
@@ -244,8 +244,8 @@ class Rule:
     message : re.Pattern, optional
         Regular expression searched for in the message.
     wrapper : bool, optional
-        The class only wraps or generalizes: whatever the exceptions it was raised from tell
-        comes first.
+        The class only wraps or generalizes: rules that match the exceptions it was raised from
+        come first.
     severity, retryable, systemic, recovery_strategy : optional
         Consequences that differ from those of the type.
 

@@ -67,6 +67,13 @@ class _AttachFields(logging.Filter):
 
 
 _attach_fields = _AttachFields()
-for _name in LOGGER_NAMES:
-    # A filter on the parent logger would not see its children's records.
-    logging.getLogger(_name).addFilter(_attach_fields)
+
+
+def get_logger(module: str) -> logging.Logger:
+    """Return the logger ``robustness.<module>``, whose records carry the fields.
+
+    A filter on the parent logger would not see the records of its children.
+    """
+    logger = logging.getLogger(f"robustness.{module}")
+    logger.addFilter(_attach_fields)
+    return logger

@@ -6,7 +6,6 @@ group it runs in (cgroup version 1 or 2), and of the groups around that one, cou
 
 import contextlib
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,31 +59,21 @@ def available_memory_mib() -> float:
     return min([psutil.virtual_memory().available, *left]) / MIB
 
 
-def worker_budget_mib(workers: int, share: float = 0.8) -> float:
-    """Memory budget of each of several workers that run at once.
+def worker_budget_mib(workers: int) -> float:
+    """Memory budget (MiB) of each of several workers that run at once.
 
-    Parameters
-    ----------
-    workers : int
-        Number of workers, 1 or more.
-    share : float
-        Part of `memory_limit_mib` given to all workers together, between 0 and 1; the rest is
-        for the parent process, the page cache and everybody else.
-
-    Returns
-    -------
-    float
-        MiB for each worker.
+    Together they get 80 % of `memory_limit_mib`; the rest is for the parent process, the page
+    cache and everything else.
     """
-    return memory_limit_mib() * share / workers
+    return memory_limit_mib() * 0.8 / workers
 
 
 def process_memory_mib(pid: int) -> float | None:
     """Memory a process holds that cannot simply be dropped and read again.
 
-    On Linux anonymous and shared memory (``RssAnon`` + ``RssShmem``): memory-mapped files do not
-    count, since the kernel takes their pages back whenever it needs them. Elsewhere the resident
-    set. Pages that a forked process still shares with its parent count in full.
+    This is its anonymous and shared memory (``RssAnon`` + ``RssShmem``): memory-mapped files do not
+    count, since the kernel takes their pages back whenever it needs them. Pages that a forked
+    process still shares with its parent count in full.
 
     Parameters
     ----------
@@ -96,11 +85,6 @@ def process_memory_mib(pid: int) -> float | None:
     float or None
         MiB; None if there is no such process (any more).
     """
-    if sys.platform != "linux":
-        try:
-            return psutil.Process(pid).memory_info().rss / MIB
-        except psutil.NoSuchProcess:
-            return None
     try:
         status = (_PROC / str(pid) / "status").read_bytes()
     except (FileNotFoundError, ProcessLookupError):
@@ -111,10 +95,9 @@ def process_memory_mib(pid: int) -> float | None:
 
 
 def offer_to_oom_killer() -> None:
-    """Ask the kernel to take this process first when memory runs out (Linux; else nothing)."""
-    if sys.platform == "linux":
-        with contextlib.suppress(OSError):  # /proc may be mounted read-only
-            (_PROC / str(os.getpid()) / "oom_score_adj").write_text("1000")
+    """Ask the kernel to take this process first when memory runs out."""
+    with contextlib.suppress(OSError):  # /proc may be mounted read-only
+        (_PROC / str(os.getpid()) / "oom_score_adj").write_text("1000")
 
 
 def _group_budgets() -> Iterator[tuple[int, int]]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
-from robustness.state import StateStore, get_state_store, insert_into, quarantine
+from robustness.state import StateStore, get_state_store
+from robustness.state_schema import insert_into, quarantine
 
 _HASHES_PER_QUERY = 500
 """Below the number of variables that every SQLite takes in one statement."""
@@ -16,16 +17,16 @@ _HASHES_PER_QUERY = 500
 
 @dataclass(frozen=True)
 class QuarantinedCell:
-    """A piece of content that a feature set cannot be computed from.
+    """A content and a feature set that cannot be computed from it.
 
     Parameters
     ----------
     content_hash : str
-        What the file held when it failed.
+        Hash of the content that failed.
     feature_set : str
         The feature set that failed.
     file_key : str
-        The file that held it, when it last failed.
+        The file with this content, when it last failed.
     error_type : str
         Value of the `robustness.error_classifier.ErrorType`.
     reason : str
@@ -53,8 +54,8 @@ class QuarantinedCell:
 class Quarantine:
     """The quarantined cells of a deployment.
 
-    A cell is known by its content's hash: a file that was changed, or is found elsewhere under
-    another name, is judged by what it holds.
+    A cell is identified by the hash of its content, not by its file: a changed file is not
+    quarantined, a copy under another name is.
 
     Parameters
     ----------
@@ -158,7 +159,7 @@ class Quarantine:
         self._store.transact(upsert)
 
     def release(self, pattern: str, feature_set: str | None = None) -> int:
-        """Let cells out, so that the next run tries them again.
+        """Release cells, so that the next run tries them again.
 
         Parameters
         ----------
@@ -170,7 +171,7 @@ class Quarantine:
         Returns
         -------
         int
-            How many cells were let out.
+            How many cells were released.
         """
 
         def delete(connection: Connection) -> int:

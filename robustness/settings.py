@@ -133,12 +133,12 @@ class RobustnessSettings(BaseSettings):
     state_lock_timeout: PositiveFloat = Field(
         default=5.0,
         validation_alias="ROBUSTNESS_STATE_LOCK_TIMEOUT",
-        description="Seconds to wait for a locked or silent state store before doing without it",
+        description="Seconds to wait for a locked or silent state store before working without it",
     )
     state_retry_interval: PositiveFloat = Field(
         default=30.0,
         validation_alias="ROBUSTNESS_STATE_RETRY_INTERVAL",
-        description="Seconds between two tries to get back to a state store that was given up",
+        description="Seconds between two attempts to reconnect to the state store",
     )
 
     @field_validator("state_url")

@@ -1,10 +1,9 @@
 """What runs inside a worker process of a `robustness.worker_pool.WorkerPool`."""
 
+import fcntl
 import os
 import pickle
 import signal
-import sys
-import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,9 +14,6 @@ from typing import Any, NamedTuple, Self
 
 from robustness.memory import offer_to_oom_killer
 
-if sys.platform != "win32":
-    import fcntl
-
 
 def pickled(value: object) -> bytes:
     """Pickle in the newest protocol: large arrays are copied once."""
@@ -25,7 +21,7 @@ def pickled(value: object) -> bytes:
 
 
 class RemoteError(Exception):
-    """Stands for an exception of a worker that cannot be sent to another process.
+    """Replaces an exception of a worker that cannot be sent to another process.
 
     It has those attributes of the original that a classifier goes by and that are text, numbers
     or truth values: `errno`, `error_type`, `retry_after` and the like, its own and its class's.
@@ -131,7 +127,7 @@ def _sendable(error: BaseException) -> bytes:
 
 
 class Kind(Enum):
-    """What a message from a worker tells."""
+    """What a message from a worker is."""
 
     READY = auto()
     STARTED = auto()
@@ -159,9 +155,9 @@ _report: Callable[[str], None] | None = None
 
 
 def report_stage(name: str) -> None:
-    """Tell the pool that the task running in this worker enters a stage.
+    """Report to the pool that the task running in this worker enters a stage.
 
-    The stage's deadline starts now, anew each time it is entered. Outside a worker this does
+    The stage's deadline starts now, each time that it is entered. Outside a worker this does
     nothing, so that functions which report stages can be called directly.
 
     Parameters
@@ -181,8 +177,6 @@ def report_stage(name: str) -> None:
 def worker_main(
     connection: Connection,
     lifeline: Connection,
-    initializer: Callable[..., object] | None,
-    initargs: tuple[object, ...],
 ) -> None:
     """Serve tasks until the parent closes the connection.
 
@@ -192,19 +186,11 @@ def worker_main(
         `Request` objects come in, `Message` objects go out.
     lifeline : Connection
         Reading end of a pipe that the parent alone holds open: this process dies with it.
-    initializer, initargs
-        Called first, if given.
     """
     _die_with(lifeline)
     # The terminal sends Ctrl-C to the whole process group; the parent decides what follows.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     offer_to_oom_killer()
-    try:
-        if initializer is not None:
-            initializer(*initargs)
-    except BaseException as error:  # noqa: BLE001 - the parent has to hear of it
-        connection.send_bytes(pickled(Message(Kind.ERROR, RaisedError.pack(error))))
-        return
     connection.send_bytes(pickled(Message(Kind.READY)))
     while True:
         try:
@@ -235,22 +221,14 @@ def _serve(connection: Connection, data: bytes) -> bytes:
 
 
 def _die_with(lifeline: Connection) -> None:
-    """Have this process killed when the other end of `lifeline` is closed."""
-    if sys.platform == "linux":
-        # The kernel sends the signal, so it needs nothing from this process, which may hang
-        # holding the interpreter lock.
-        descriptor = lifeline.fileno()
-        fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
-        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
-        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
-        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
-        if lifeline.poll():  # closed before the kernel was asked
-            os._exit(1)
-    else:
-        threading.Thread(target=_exit_after, args=(lifeline,), daemon=True).start()
+    """Have the kernel kill this process when the other end of `lifeline` is closed.
 
-
-def _exit_after(lifeline: Connection) -> None:
-    """Exit when the other end of `lifeline` is closed."""
-    lifeline.poll(None)
-    os._exit(1)
+    That needs nothing from this process, which may hang holding the interpreter lock.
+    """
+    descriptor = lifeline.fileno()
+    fcntl.fcntl(descriptor, fcntl.F_SETOWN, os.getpid())
+    fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGKILL)
+    flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+    fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | os.O_ASYNC)
+    if lifeline.poll():  # closed before the kernel was asked
+        os._exit(1)

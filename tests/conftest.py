@@ -130,3 +130,9 @@ def recordings() -> Path:
     if not directory.is_dir():
         pytest.skip(f"no recordings in {directory}")
     return directory
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests of the whole product: they take minutes, and mostly wait."""
+    whole = {PROJECT / "tests", PROJECT / "tests" / "browser", PROJECT / "tests" / "benchmarks"}
+    items.sort(key=lambda item: item.path.parent not in whole)

@@ -7,7 +7,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from audio_assets.audio import Audio
+from audio_assets.audio.pcm import Audio
 from audio_assets.features.base import Column, FeatureSet, Row
 
 HANG_S = 3600.0
@@ -138,6 +138,14 @@ def delete_the_first(audio: Audio) -> Row:
     return sound(audio)
 
 
+def verdict(audio: Audio) -> Row:
+    """Say what decoding found."""
+    if audio.source is not None:
+        return {"verdict": audio.source.codec}
+    assert audio.decode_error is not None
+    return {"verdict": audio.decode_error.error_type.value}
+
+
 def add_up(rows: list[Row], durations: list[float]) -> Row:
     return {"value": sum(row["value"] for row in rows)}
 
@@ -149,6 +157,8 @@ def feature_set(
         name=name,
         description="A feature set that fails.",
         columns=(Column("value", "DOUBLE", "Duration", "s"),),
+        licence="none",
+        citation="none",
         extract=extract,  # type: ignore[arg-type]
         extract_alternative=alternative,  # type: ignore[arg-type]
         combine=add_up,  # type: ignore[arg-type]

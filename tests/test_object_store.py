@@ -9,6 +9,7 @@ from pathlib import Path
 
 import duckdb
 import pytest
+import requests
 import s3fs
 from moto.server import ThreadedMotoServer
 
@@ -16,6 +17,7 @@ from audio_assets.features import FEATURE_SETS
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import warehouse_tables
 from tests.conftest import Home, write_tone
+from tests.warehouse.rows import all_rows
 
 TABLE = "features/rhythm"
 
@@ -66,12 +68,12 @@ def missing(home: Home) -> list[tuple[str, ...]]:
 
 def test_parts_are_read_and_compacted(store: ObjectStore) -> None:
     landing = Landing(store.landing, warehouse_tables(FEATURE_SETS.values()))
-    assert landing.read(TABLE).num_rows == 0
+    assert landing.parts(TABLE) == []
     for number in range(20):
         landing.append(TABLE, [{"file_key": f"file {number:02}", "bpm": 120.0}])
     assert landing.compact(TABLE)
     assert len(landing.parts(TABLE)) < 20
-    assert sorted(landing.read(TABLE, ["file_key"])["file_key"].to_pylist()) == [
+    assert sorted(row["file_key"] for row in all_rows(landing, TABLE)) == [
         f"file {number:02}" for number in range(20)
     ]
     assert len(landing.latest(TABLE)) == 20
@@ -86,7 +88,7 @@ def test_a_library_is_analysed_while_the_store_goes_away(
     for number in range(6):
         write_tone(library / f"{number}.wav", 200 + 50 * number, seconds=10)
     run = home.start("analyze", str(library))
-    while not s3fs.S3FileSystem().exists(f"{store.landing}/features/metadata"):
+    while not s3fs.S3FileSystem().exists(f"{store.landing}/features/loudness"):
         assert run.poll() is None
         time.sleep(0.2)
     store.go_away()
@@ -97,6 +99,36 @@ def test_a_library_is_analysed_while_the_store_goes_away(
     assert missing(home) == []
     done = home.cli("analyze", str(library))
     assert "Nothing to compute" in done.stdout, done.stdout + done.stderr
+
+
+def fails_at_once(home: Home, library: Path) -> str:
+    write_tone(library / "a.wav", 440)
+    started = time.monotonic()
+    done = home.cli("analyze", str(library))
+    assert time.monotonic() - started < 60
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    assert "cells" not in done.stdout  # no run was started
+    return " ".join(done.stdout.split())
+
+
+def test_a_bucket_that_does_not_exist_ends_the_command(
+    store: ObjectStore, home: Home, tmp_path: Path
+) -> None:
+    home = replace(home, variables={"AUDIO_LANDING": "s3://no-such-bucket/landing"})
+    assert "bucket does not exist: set AUDIO_LANDING" in fails_at_once(home, tmp_path)
+
+
+def test_refused_credentials_end_the_command(
+    store: ObjectStore, home: Home, tmp_path: Path
+) -> None:
+    home = replace(home, variables={"AUDIO_LANDING": store.landing})
+    moto = f"http://127.0.0.1:{store.port}/moto-api/reset-auth"
+    requests.post(moto, data="0", timeout=10)
+    try:
+        assert "set AUDIO_LANDING" in fails_at_once(home, tmp_path)
+    finally:
+        requests.post(moto, data="inf", timeout=10)
 
 
 def test_a_store_that_is_away_is_named(store: ObjectStore, home: Home, tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 import soundfile
 
+from audio_assets.cli.sample_library import SampleTrack, make_sample_library
 from audio_assets.definitions import defs
 from audio_assets.features import FEATURE_SETS
-from audio_assets.file_keys import encode_key
-from audio_assets.sample_library import SampleTrack, make_sample_library
+from audio_assets.library.file_keys import encode_key
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import FILES, warehouse_tables
 from tests.conftest import PROJECT, Home, make_home, write_tone
@@ -103,7 +103,7 @@ def test_tables_hold_no_nan_or_infinity(analysed: tuple[Home, str]) -> None:
 
 def test_summary_names_tracks_failures_and_what_to_do_next(analysed: tuple[Home, str]) -> None:
     _, printed = analysed
-    assert "What could not be had" in printed
+    assert "Failed cells" in printed
     assert "make dev" in printed
     assert "warehouse.duckdb" in printed
 
@@ -187,7 +187,7 @@ def test_ctrl_c_ends_the_whole_command(home: Home, tmp_path: Path, *, waits: boo
             check=True,
         )
     run = home.start("analyze", str(library))
-    landed = home.path / "landing" / "features" / ("musicnn" if waits else "metadata")
+    landed = home.path / "landing" / "features" / ("musicnn" if waits else "loudness")
     while not list(landed.glob("*.parquet")):
         assert run.poll() is None
         time.sleep(0.1)

@@ -23,11 +23,12 @@ import numpy as np
 import pytest
 import soundfile
 
-from audio_assets.assets import asset_key, build_feature_asset
-from audio_assets.discovery import add_partitions
+from audio_assets.defs.assets import build_feature_asset
+from audio_assets.defs.partitions import asset_key
+from audio_assets.defs.registration import add_partitions
+from audio_assets.defs.resources import ExtractionResource
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import FeatureSet
-from audio_assets.resources import ExtractionResource
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import feature_table, warehouse_tables
 from robustness.adaptive_timeout import get_timeout_manager
@@ -35,6 +36,7 @@ from robustness.quarantine import Quarantine
 from robustness.state import get_state_store
 from tests import faults
 from tests.conftest import PROJECT, Home, forget_state, write_tone
+from tests.warehouse.rows import all_rows
 
 pytestmark = pytest.mark.usefixtures("own_state")
 
@@ -143,7 +145,7 @@ class Workbench:
             success=done.success,
             materialized={key.removeprefix("music/") for key in materialized},
             rows={row["file_key"].removeprefix("music/"): row for row in rows},
-            attempts=landing.read("robustness/attempts").to_pylist(),
+            attempts=all_rows(landing, "robustness/attempts"),
         )
         print(result.told())
         return result
@@ -218,7 +220,7 @@ def test_file_system_check_waits_for_a_mount_that_went_away(workbench: Workbench
     assert first["recovery_strategy"] == "file_system_check"
     assert last["outcome"] == "succeeded"
     assert last["retry_strategy"] == "adaptive"
-    assert any("away" in message for message in result.deferrals("bad.wav"))
+    assert any("unreachable" in message for message in result.deferrals("bad.wav"))
 
 
 def test_mount_that_is_away_from_the_start(
@@ -399,6 +401,7 @@ def test_full_disk_under_the_scratch_fails_what_needs_it(
     workbench: Workbench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ROBUSTNESS_RETRY_TOTAL_SECONDS", "3")
+    monkeypatch.setenv("AUDIO_RESERVE_MIB", "0")
     forget_state()
     with _small_disk(workbench.directory / "small") as disk:
         workbench.scratch = disk / "scratch"

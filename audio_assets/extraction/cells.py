@@ -1,21 +1,24 @@
-"""A file at work: its stages, its cells, and how each cell ended."""
+"""A file in processing: its stages, its cells, and the outcome of each cell."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum, auto
 from functools import cached_property
 
+from blake3 import blake3
+
+from audio_assets.audio.pcm import SourceInfo
 from audio_assets.extraction.recovery import DECODE, EXTRACT, IDENTIFY, AttemptOptions
-from audio_assets.extraction.worker import IDENTIFY_STAGES, Identity
+from audio_assets.extraction.worker import IDENTIFY_STAGES
 from audio_assets.features.base import FeatureSet, Row
-from audio_assets.file_keys import decode_key
-from audio_assets.library import FileStamp
+from audio_assets.library.file_keys import decode_key
+from audio_assets.library.files import FileStamp, Identity
 from robustness.error_classifier import ErrorInfo, RecoveryStrategy
 from robustness.smart_retry import RetryStrategy
 
 
 class CellStatus(StrEnum):
-    """How a cell ended in this run."""
+    """The outcome of a cell in this run."""
 
     MATERIALIZED = "materialized"
     REUSED = "reused"
@@ -24,7 +27,7 @@ class CellStatus(StrEnum):
 
 @dataclass(frozen=True)
 class CellOutcome:
-    """How one cell ended.
+    """The outcome of one cell.
 
     Parameters
     ----------
@@ -62,19 +65,20 @@ class CellOutcome:
 
 
 class StageState(StrEnum):
-    """Where a stage is."""
+    """State of a stage."""
 
     READY = auto()
     RUNNING = auto()
-    WAITING = auto()
-    """For time to pass, or for another file with the same content."""
+    DEFERRED = auto()
+    FOLLOWING = auto()
+    """It ends as the same cell of another file with the same content does."""
     DONE = auto()
     FAILED = auto()
 
 
 @dataclass(frozen=True)
-class Wait:
-    """What a stage waits for before its next attempt; times are of the monotonic clock (s)."""
+class Deferral:
+    """A delay before a stage's next attempt; times are of the monotonic clock (s)."""
 
     strategy: RetryStrategy
     since: float
@@ -83,28 +87,28 @@ class Wait:
 
 @dataclass(eq=False)
 class Stage:
-    """A part of a file's work that succeeds or fails by itself.
+    """A step of a file's processing that succeeds or fails by itself.
 
     Parameters
     ----------
     file : FileWork
         The file.
     kind : {'identify', 'duration', 'decode', 'extract'}
-        What is done.
+        What it does.
     state : StageState
-        Where it is.
+        Its state.
     options : AttemptOptions
-        How the next attempt is made.
+        Options of the next attempt.
     attempts : int
         Attempts made.
     tried : list of RecoveryStrategy
         Recoveries so far.
     error : ErrorInfo or None
-        What the last attempt failed of, or what it is deferred for.
-    wait : Wait or None
-        What comes before the next attempt.
-    waited_by : RetryStrategy or None
-        What set the last wait.
+        Why the last attempt failed, or why it is deferred.
+    deferral : Deferral or None
+        The delay before the next attempt.
+    deferred_with : RetryStrategy or None
+        The strategy of the last deferral.
     began : float or None
         When the first attempt ended or it was first deferred (s, monotonic clock).
     refusals : int
@@ -118,8 +122,8 @@ class Stage:
     attempts: int = 0
     tried: list[RecoveryStrategy] = field(default_factory=list)
     error: ErrorInfo | None = None
-    wait: Wait | None = None
-    waited_by: RetryStrategy | None = None
+    deferral: Deferral | None = None
+    deferred_with: RetryStrategy | None = None
     began: float | None = None
     refusals: int = 0
 
@@ -140,12 +144,12 @@ class Stage:
 
     @property
     def length_s(self) -> float | None:
-        """Length of the audio (s) by which its time goes; None if it goes by the file's size."""
+        """Length of the audio (s) that its deadline depends on; None if that is the file's size."""
         return self.file.length_s if self.has_budget else None
 
     @property
     def operation(self) -> str:
-        """What retries and errors of it are counted under."""
+        """Name under which its retries and errors are counted."""
         return self.kind
 
     @property
@@ -161,7 +165,7 @@ class Stage:
 
     @property
     def timed_as(self) -> str:
-        """What history of times applies."""
+        """Name of the timing history that applies."""
         return self.deadlines[-1]
 
     @property
@@ -179,12 +183,12 @@ class Cell(Stage):
     feature_set : FeatureSet
         The feature set.
     history : list of dict
-        The attempts so far, as rows of ``robustness.attempts``: those at decoding too, of the cell
-        that the audio was decoded for.
+        The attempts so far, as rows of ``robustness.attempts``, including attempts to decode if the
+        audio was decoded for this cell.
     followers : list of FileWork
         Other files with the same content, whose cells end as this one does.
     leader : Cell or None
-        The cell of another file with the same content that this one ends with.
+        The cell of another file with the same content that this one follows.
     row : dict or None
         Its row, when it is done.
     """
@@ -210,18 +214,18 @@ class Cell(Stage):
 
     @property
     def timed_as(self) -> str:
-        """What history of times applies: each extractor has one of its own."""
+        """Name of the timing history that applies: each extractor has its own."""
         name = self.feature_set.name
         return name if self.options.extractor == "primary" else f"{name}/alternative"
 
     @property
     def files(self) -> Sequence["FileWork"]:
-        """All files that end with this cell."""
+        """Its file and those whose cells follow it."""
         return (self.file, *self.followers)
 
     def follow(self, leader: "Cell") -> None:
         """End as the cell of another file with the same content does."""
-        self.leader, self.state = leader, StageState.WAITING
+        self.leader, self.state = leader, StageState.FOLLOWING
         leader.followers.append(self.file)
 
     def follow_nobody(self) -> None:
@@ -233,7 +237,7 @@ class Cell(Stage):
 
 @dataclass(eq=False)
 class FileWork:
-    """A file of the run, and what is left to do with it.
+    """A file of the run, and what remains to be done for it.
 
     Parameters
     ----------
@@ -250,13 +254,13 @@ class FileWork:
     is_planned : bool
         Whether it is known which cells must be computed.
     running : int
-        Stages that workers are at.
-    audio_s : float or None
-        Length of its decoded audio (s).
+        Stages that are running.
+    source : SourceInfo or None
+        Properties of its audio, once it is decoded.
     decode_s : float
-        Time that decoding took and that no attempt has accounted for yet (s).
+        Time taken by decoding, not yet part of an attempt's record (s).
     block_s : float or None
-        Block length (s) that has kept a stage within its memory.
+        Block length (s) with which a stage stayed within its memory.
     changes : int
         How often it was found changed after it was identified.
     """
@@ -268,7 +272,7 @@ class FileWork:
     stamp: FileStamp | None = None
     is_planned: bool = False
     running: int = 0
-    audio_s: float | None = None
+    source: SourceInfo | None = None
     decode_s: float = 0.0
     block_s: float | None = None
     changes: int = 0
@@ -278,13 +282,13 @@ class FileWork:
         self.begin_anew()
 
     def begin_anew(self) -> None:
-        """Forget what was done with the file: it has another content."""
+        """Reset the file, whose content has changed."""
         for cell in self.cells.values():
             cell.follow_nobody()
             for follower in list(cell.followers):
                 follower.cells[cell.operation].follow_nobody()
         self.is_planned = False
-        self.audio_s, self.decode_s, self.block_s = None, 0.0, None
+        self.source, self.decode_s, self.block_s = None, 0.0, None
         self.identify = Stage(self, IDENTIFY)
         self.duration = Stage(self, "duration")
         self.decode = Stage(self, DECODE)
@@ -302,28 +306,45 @@ class FileWork:
         return known.size / 2**20 if known else 0.0
 
     @property
+    def scratch_name(self) -> str:
+        """Name of its decoded audio: of this content, and apart from that of copies."""
+        assert self.identity is not None
+        return f"{self.identity.content_hash}-{blake3(self.key.encode()).hexdigest(8)}"
+
+    @property
+    def audio_s(self) -> float | None:
+        """Length of its decoded audio (s); None if it is not decoded yet."""
+        return self.source.duration_s if self.source else None
+
+    @property
+    def decoding(self) -> SourceInfo | ErrorInfo | None:
+        """How its decoding ended; None if it has not."""
+        failed = self.decode.state is StageState.FAILED
+        return self.decode.error if failed else self.source
+
+    @property
     def length_s(self) -> float | None:
         """Length of the audio (s), decoded or by its header; None if neither is known."""
         return self.audio_s or (self.identity.duration_s if self.identity else None)
 
     @property
     def is_identified(self) -> bool:
-        """Whether all is known of it that planning needs."""
+        """Whether planning has all that it needs to know of it."""
         return not (self.identify.is_open or self.duration.is_open)
 
     @property
-    def is_over(self) -> bool:
-        """Whether no cell of it is left to do."""
+    def is_finished(self) -> bool:
+        """Whether none of its cells is open."""
         return not any(cell.is_open for cell in self.cells.values())
 
     @property
     def open_cells(self) -> list[Cell]:
-        """Its cells that are open and not computed of another file with the same content."""
+        """Its open cells that do not follow another file's."""
         return [cell for cell in self.cells.values() if cell.is_open and cell.leader is None]
 
     @property
     def needs_audio(self) -> list[Cell]:
-        """Those of them that are computed from decoded audio."""
+        """Its open cells that need decoded audio."""
         return [cell for cell in self.open_cells if cell.feature_set.reads_pcm]
 
     @property
@@ -332,12 +353,12 @@ class FileWork:
         stages = (self.identify, self.decode, *self.cells.values())
         return any(stage.options.alone and stage.is_open for stage in stages)
 
-    def has_lost(self, stage: Stage) -> bool:
-        """Tell whether a stage belongs to a content that the file has no more."""
+    def is_stale(self, stage: Stage) -> bool:
+        """Tell whether a stage belongs to an earlier content of the file."""
         return stage not in (self.identify, self.duration, self.decode, *self.cells.values())
 
     def ready(self) -> Iterator[Stage]:
-        """Yield the stages that a worker may take now, in order."""
+        """Yield the stages that may start now, in order."""
         if self.identify.is_open:
             stages = [self.identify]
         elif self.duration.is_open:
@@ -350,17 +371,17 @@ class FileWork:
             ]
         yield from (stage for stage in dict.fromkeys(stages) if stage.state is StageState.READY)
 
-    def kept_waiting_by(self, cell: Cell) -> Stage | None:
-        """Return the waiting stage without whose end a cell cannot go on."""
+    def deferred_by(self, cell: Cell) -> Stage | None:
+        """Return the deferred stage that a cell depends on."""
         if cell.leader:
-            return cell.leader.file.kept_waiting_by(cell.leader)
+            return cell.leader.file.deferred_by(cell.leader)
         stages = (self.identify, cell if self._has_input(cell) else self.decode)
-        return next((stage for stage in stages if stage.state is StageState.WAITING), None)
+        return next((stage for stage in stages if stage.state is StageState.DEFERRED), None)
 
     def _has_input(self, cell: Cell) -> bool:
-        # A cell that is over, or waits for another file's, needs no decoding.
-        return (
-            not cell.feature_set.reads_pcm
-            or cell.state is not StageState.READY
-            or self.decode.state is StageState.DONE
-        )
+        # A cell that has ended, or follows another file's, needs no decoding.
+        if cell.feature_set.reads == "file" or cell.state is not StageState.READY:
+            return True
+        if cell.feature_set.reads == "decoding":
+            return self.decoding is not None
+        return self.decode.state is StageState.DONE

@@ -1,4 +1,4 @@
-"""Which stage a worker takes next, and how its attempt is launched."""
+"""Which stage a worker runs next, and how its attempt is launched."""
 
 import queue
 import threading
@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import cast
 
+from audio_assets.audio.decode import Limits
+from audio_assets.audio.pcm import SourceInfo
 from audio_assets.extraction.cells import Cell, FileWork, Stage, StageState
 from audio_assets.extraction.recovery import DECODE, IDENTIFY
-from audio_assets.extraction.results import Flight
+from audio_assets.extraction.results import Attempt
 from audio_assets.extraction.scratch import Scratch
 from audio_assets.extraction.worker import (
     HASH_BLOCK_MIB,
@@ -19,17 +21,18 @@ from audio_assets.extraction.worker import (
     identify,
     read_duration,
 )
-from audio_assets.library import Library
+from audio_assets.library.scan import Library
+from audio_assets.settings import get_settings
 from robustness.adaptive_timeout import TimeoutDecision, get_timeout_manager
 from robustness.circuit_breaker import CircuitBreakerOpenError, Permit, get_circuit_breaker
 from robustness.worker_pool import WorkerFuture, WorkerPool, WorkerTask
 
 
 class Dispatcher:
-    """Hands the stages of a run's files to workers that have nothing to do.
+    """Gives the stages of a run's files to idle workers.
 
-    A worker stays with its file while that has stages for it. Then it takes another file, and when
-    none is left it helps with those that other workers are at. One worker at a time identifies
+    A worker stays with its file while that has stages that may start. Then it takes another file,
+    and when none is left it helps with the files of other workers. One worker at a time identifies
     files ahead of the others.
 
     Parameters
@@ -37,41 +40,43 @@ class Dispatcher:
     library : Library
         Where the files are.
     pool : WorkerPool
-        The workers, which draw their tasks from here alone.
+        The workers, which draw all their tasks from here.
     scratch : Scratch
         Where decoded audio goes.
 
     Attributes
     ----------
-    ends : SimpleQueue of Flight or (Stage, CircuitBreakerOpenError)
-        Attempts that have ended, and stages that a breaker does not let through.
+    ends : SimpleQueue of Attempt or (Stage, CircuitBreakerOpenError)
+        Attempts that have ended, and stages refused by their breaker.
     """
 
     def __init__(self, library: Library, pool: WorkerPool, scratch: Scratch) -> None:
         self._library = library
         self._pool = pool
         self._scratch = scratch
+        settings = get_settings()
+        self._limits = Limits(settings.audio_max_hours, settings.audio_reserve_mib)
         self._timeouts = get_timeout_manager()
-        self.ends: queue.SimpleQueue[Flight | tuple[Stage, CircuitBreakerOpenError]] = (
+        self.ends: queue.SimpleQueue[Attempt | tuple[Stage, CircuitBreakerOpenError]] = (
             queue.SimpleQueue()
         )
-        # What follows is guarded by the lock. The files keep their order.
+        # The lock guards all of the following. Files keep their order.
         self._lock = threading.Lock()
         self._unidentified: dict[FileWork, None] = {}
         self._identified: dict[FileWork, None] = {}
         self._planned: dict[FileWork, None] = {}
         self._alone: dict[FileWork, None] = {}
         """Files with a stage that runs alone."""
-        self._flights: set[Flight] = set()
+        self._running: set[Attempt] = set()
         self._last_file: dict[int, FileWork] = {}
-        """The file that each worker was last at, by process id."""
+        """The last file of each worker, by process id."""
         pool.draw_from(self._next_task)
 
     def place(self, *files: FileWork) -> None:
-        """Take in how far files are; those that are over are dropped."""
+        """Update in which phase files are; finished ones are dropped."""
         with self._lock:
             for file in files:
-                if file.is_over:
+                if file.is_finished:
                     place = None
                 elif not file.is_identified:
                     place = self._unidentified
@@ -89,26 +94,26 @@ class Dispatcher:
         self._pool.wake()
 
     def to_plan(self) -> list[FileWork]:
-        """Return the files that should be planned now.
+        """Return the files to plan now.
 
-        To look up what is known costs the same for one file as for many: it is time when no planned
-        file waits for a worker, or no file is left to identify.
+        Planning reads the landing, at the same cost for one file as for many: it is due when no
+        planned file is ready for a worker, or no file remains to be identified.
         """
         with self._lock:
-            waits = any(not f.running and next(f.ready(), None) for f in self._planned)
-            return [] if self._unidentified and waits else list(self._identified)
+            is_supplied = any(not f.running and next(f.ready(), None) for f in self._planned)
+            return [] if self._unidentified and is_supplied else list(self._identified)
 
-    # What follows is called by workers' threads.
+    # Called by the workers' threads
 
     def _next_task(self, pid: int) -> WorkerTask | None:
-        """Return what the worker does next; None if there is nothing for it now."""
+        """Return a worker's next task; None if there is none now."""
         with self._lock:
-            if any(flight.stage.options.alone for flight in self._flights):
+            if any(attempt.stage.options.alone for attempt in self._running):
                 return None
             alone = (s for f in self._alone for s in f.ready() if s.options.alone)
             candidates = self._candidates(pid)
             if stage := next(alone, None):
-                if self._flights:
+                if self._running:
                     return None
                 candidates = iter((stage, *candidates))
             refused: set[str | None] = set()
@@ -119,20 +124,20 @@ class Dispatcher:
                     return self._launch(stage, pid)
                 except CircuitBreakerOpenError as refusal:
                     refused.add(stage.breaker)
-                    # What is under way may be the probe that closes the breaker.
-                    if all(flight.stage.breaker != stage.breaker for flight in self._flights):
+                    # A running attempt may be the probe that closes the breaker.
+                    if all(attempt.stage.breaker != stage.breaker for attempt in self._running):
                         stage.state = StageState.RUNNING
                         self.ends.put((stage, refusal))
             return None
 
     def _candidates(self, pid: int) -> Iterator[Stage]:
-        """Yield the stages that may run now, first what the worker should rather do."""
+        """Yield the stages that may start now, best first for the worker."""
         if own := self._last_file.get(pid):
             yield from own.ready()
         unidentified = (stage for file in self._unidentified for stage in file.ready())
-        if all(flight.stage.file.is_identified for flight in self._flights):
+        if all(attempt.stage.file.is_identified for attempt in self._running):
             yield from unidentified
-        # A file whose header cannot be read in time may cost a deadline in each stage.
+        # Each stage of a file whose header took too long may take its full deadline.
         slow, busy = [], []
         for file in self._planned:
             if file.running:
@@ -146,7 +151,7 @@ class Dispatcher:
             yield from file.ready()
 
     def _launch(self, stage: Stage, pid: int) -> WorkerTask:
-        """Return the task that makes an attempt at a stage.
+        """Return the task of a stage's next attempt.
 
         Raises
         ------
@@ -163,57 +168,59 @@ class Dispatcher:
         if stage.breaker:
             breaker = get_circuit_breaker(stage.breaker)
             breaker_state = breaker.get_state().name
-            # A probe's permit comes back by itself if this process dies.
+            # A probe's permit expires if this process dies.
             permit = breaker.acquire(lease_seconds=2 * sum(timeouts.values()))
         task = WorkerTask(
             *self._call(stage), timeout=timeouts, fresh_worker=stage.options.fresh_worker
         )
-        flight = Flight(
+        attempt = Attempt(
             stage=stage,
             future=task.future,
             permit=permit,
             timeout_s=timeouts[stage.deadlines[-1]],
             decision=decisions[stage.deadlines[-1]],
             breaker_state=breaker_state,
-            wait=stage.wait,
+            deferral=stage.deferral,
             submitted=time.monotonic(),
         )
-        stage.state, stage.wait = StageState.RUNNING, None
+        stage.state, stage.deferral = StageState.RUNNING, None
         stage.file.running += 1
-        self._flights.add(flight)
+        self._running.add(attempt)
         self._last_file[pid] = stage.file
-        task.future.add_done_callback(partial(self._landed, flight))
+        task.future.add_done_callback(partial(self._ended, attempt))
         return task
 
     def _timeout(self, stage: Stage, name: str) -> TimeoutDecision:
-        if name == "look":
+        if name == "inspect":
             return self._timeouts.timeout_in_force("metadata", None)
         size_mb = HASH_BLOCK_MIB if name == "hash" else stage.file.size_mb
         return self._timeouts.timeout_in_force(stage.timed_as, stage.length_s, file_size_mb=size_mb)
 
     def _call(self, stage: Stage) -> tuple[Callable[..., object], *tuple[object, ...]]:
-        """Return the function that makes an attempt, and its arguments."""
+        """Return the function of a stage's next attempt, and its arguments."""
         file, options = stage.file, stage.options
         if stage.kind == IDENTIFY:
             return identify, self._library, file.key, file.identity or file.known
         assert file.identity is not None
         assert file.stamp is not None
-        pcm = self._scratch.path_of(file.identity.content_hash)
+        pcm = self._scratch.path_of(file.scratch_name)
         ref = FileRef(self._library.path_of(file.key), file.stamp, pcm)
         if isinstance(stage, Cell):
             block_s = options.block_s or file.block_s
-            return extract, ref, stage.feature_set, options.extractor, block_s
-        return (decode_file, ref, options.decoder) if stage.kind == DECODE else (read_duration, ref)
+            return extract, ref, stage.feature_set, options.extractor, block_s, file.decoding
+        if stage.kind == DECODE:
+            return decode_file, ref, options.decoder, self._limits
+        return read_duration, ref
 
-    def _landed(self, flight: Flight, future: WorkerFuture[object]) -> None:
-        """Take in that an attempt has ended, as far as it decides what runs next."""
-        flight.finished = time.monotonic()
-        stage = flight.stage
+    def _ended(self, attempt: Attempt, future: WorkerFuture[object]) -> None:
+        """Update what the choice of the next stage depends on, and pass the attempt on."""
+        attempt.finished = time.monotonic()
+        stage = attempt.stage
         with self._lock:
-            self._flights.discard(flight)
+            self._running.discard(attempt)
             stage.file.running -= 1
             if stage.kind == DECODE and not future.exception():
-                stage.file.audio_s = cast("float", future.result())
+                stage.file.source = cast("SourceInfo", future.result())
                 stage.state = StageState.DONE
-        self.ends.put(flight)
+        self.ends.put(attempt)
         self._pool.wake()

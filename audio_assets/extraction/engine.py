@@ -1,24 +1,23 @@
-"""The engine of a run: works off its files, whichever of the run's ops is at work.
+"""The engine of a run: it processes the run's files, whichever of the ops drives it.
 
 A worker takes a file: it decodes it once, then extracts one feature set after another, each a
-*stage* with a deadline, a memory budget and a result of its own. The worker's thread in this
-process draws each stage when the one before it has ended (see `dispatch`), so that permits,
-deadlines and skips are decided at the last moment. What a stage gives counts as soon as it is
-there, whatever becomes of the file later.
+*stage* with its own deadline, memory budget and result. The worker's thread in this process draws
+each stage when the one before has ended (see `dispatch`), so that permits, deadlines and skips are
+decided at the last moment. The result of a stage counts as soon as it is sent, whatever happens to
+the file later.
 
-The ops of a run share one engine. The op at work drives it: it takes in how stages ended, decides
-what follows, makes rows durable and yields the outcomes.
+The ops of a run share one engine. The running op drives it: it processes the ends of stages,
+decides what follows, writes rows to the landing and yields the outcomes.
 """
 
 import queue
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import cast
 
-from audio_assets.backlog import known_identities, release_contents
-from audio_assets.errors import FileChangedError
 from audio_assets.extraction.cells import (
     Cell,
     CellOutcome,
@@ -27,25 +26,28 @@ from audio_assets.extraction.cells import (
     Stage,
     StageState,
 )
+from audio_assets.extraction.deferrals import Deferrals
 from audio_assets.extraction.dispatch import Dispatcher
 from audio_assets.extraction.outbox import Outbox
 from audio_assets.extraction.planning import Compute, Copy, Known, Reuse, Skip, plan_file
 from audio_assets.extraction.recovery import (
     DECODE,
+    DEFERRING,
     IDENTIFY,
-    WAITS,
     apply_recovery,
     concerns_copies,
     most_attempts,
     next_recovery,
 )
-from audio_assets.extraction.results import Flight, Results
+from audio_assets.extraction.results import Attempt, Results
 from audio_assets.extraction.scratch import Scratch
-from audio_assets.extraction.waits import Waits
-from audio_assets.extraction.worker import CellResult, Identity
+from audio_assets.extraction.worker import CellResult
 from audio_assets.features.base import FeatureSet, Row
-from audio_assets.file_keys import FileKeyError
-from audio_assets.library import FileStamp, Library
+from audio_assets.library.file_keys import FileKeyError
+from audio_assets.library.files import FileChangedError, FileStamp, Identity
+from audio_assets.library.scan import Library
+from audio_assets.warehouse.backlog import release_contents
+from audio_assets.warehouse.inventory import known_identities
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import feature_table
 from robustness.circuit_breaker import CircuitBreakerOpenError
@@ -55,41 +57,82 @@ from robustness.quarantine import Quarantine
 from robustness.settings import get_settings
 from robustness.smart_retry import DeferredError, RetryStrategy, get_retry_manager
 from robustness.state import get_state_store
-from robustness.worker_pool import WorkerPool
+from robustness.worker_pool import WorkerPool, WorkerStartError
 
 LONGEST_SLEEP_S = 0.5
-"""How long the driver waits at most before it looks at what is due (s)."""
+"""Longest sleep of the driver between two checks of what is due (s)."""
+
+MAX_START_FAILURES = 3
+"""After how many failures to start its first worker a run ends."""
 
 MAX_CHANGES = 3
-"""How often a file may change under the analysis before it must wait."""
+"""How often a file may change during its analysis before it is deferred."""
+
+
+class RunResult(Enum):
+    """Result of a run: whether it needs a person."""
+
+    COMPLETE = "complete"
+    """Every cell has a row."""
+    BAD_FILES = "bad_files"
+    """The cells without a row are quarantined: their files are at fault."""
+    DEFERRED = "deferred"
+    """Every cell without a row is deferred, and another run continues them."""
+    INCOMPLETE = "incomplete"
+    """Cells failed for another reason, or the run was ended before its last cell."""
+
+
+@dataclass(frozen=True)
+class Wait:
+    """What a run waits for in which every open cell is deferred.
+
+    Parameters
+    ----------
+    seconds : float
+        Time until the first cell is due (s).
+    waited_s : float
+        Time for which cells have been deferred already (s).
+    reason : str
+        Error of the cell that is due first.
+    cells : int
+        Number of open cells.
+    feature_sets : list of str
+        Feature sets with open cells.
+    """
+
+    seconds: float
+    waited_s: float
+    reason: str
+    cells: int
+    feature_sets: list[str]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run is.
+    """Progress of a run.
 
     Parameters
     ----------
     files, cells : int
         Files and cells of the run.
-    files_over, cells_over : int
-        Those that are reported.
+    files_finished, cells_finished : int
+        Those that were reported.
     cells_computed : int
-        Cells of them that were computed in this run.
+        Those computed in this run.
     audio_s : float
-        Audio analysed (s): of each computed cell its share of the file's.
+        Audio analysed (s); each computed cell counts for its share of the file.
     """
 
     files: int
     cells: int
-    files_over: int
-    cells_over: int
+    files_finished: int
+    cells_finished: int
     cells_computed: int
     audio_s: float
 
 
 class Engine:
-    """Works off the files of one run.
+    """Processes the files of one run.
 
     Parameters
     ----------
@@ -98,9 +141,9 @@ class Engine:
     library : Library
         Where the files are.
     landing : Landing
-        Where rows are made durable.
+        Where rows are written.
     pool : WorkerPool
-        The workers, which draw from this engine alone.
+        The workers, which draw all their tasks from this engine.
     scratch : Scratch
         Decoded audio.
     """
@@ -114,15 +157,18 @@ class Engine:
         self._scratch = scratch
         self._settings = get_settings()
         self._dispatcher = Dispatcher(library, pool, scratch)
-        self._waits = Waits(library, pool, scratch)
+        self._deferrals = Deferrals(library, pool, scratch)
         self._outbox = Outbox(landing)
         self._results = Results(run_id, library, self._outbox)
         self._feature_sets: Sequence[FeatureSet] = ()
         self._has_begun = False
         self._force = False
+        self._ends_deferred = False
+        self._start_failures: int | None = 0
+        """How often no worker could be started; None once one has worked."""
         self._files: dict[str, FileWork] = {}
         self._leaders: dict[str, FileWork] = {}
-        """The file, of those with the same content, whose audio is analysed."""
+        """Of the files with the same content, the one that is analysed."""
         self._unreported: dict[str, set[str]] = {}
         """Keys of the files whose cells are not reported yet, by feature set."""
         self._failed: dict[str, list[CellOutcome]] = defaultdict(list)
@@ -136,19 +182,22 @@ class Engine:
         *,
         force: bool = False,
         release: bool = False,
+        waited_before_s: float = 0.0,
     ) -> None:
-        """Take in the work of a run; what is begun already is not begun again.
+        """Set the files and feature sets of the run; only the first call counts.
 
         Parameters
         ----------
         feature_sets : sequence of FeatureSet
-            What to extract, in the order in which a file's cells are computed.
+            The feature sets of the run, in the order in which a file's cells are computed.
         file_keys : sequence of str
             The files.
         force : bool
-            Compute also what is done and unchanged, and what is quarantined.
+            Compute also cells that are up to date, and quarantined ones.
         release : bool
-            Let the files' cells out of quarantine.
+            Release the files' cells from quarantine.
+        waited_before_s : float
+            Time for which the cells were deferred in earlier runs (s).
         """
         if self._has_begun:
             return
@@ -156,6 +205,7 @@ class Engine:
         if release:
             contents = {identity.content_hash for identity in known.values()}
             release_contents(contents, [feature_set.name for feature_set in feature_sets])
+        self._deferrals.waited_before_s = waited_before_s
         self._has_begun, self._force, self._feature_sets = True, force, feature_sets
         self._files = {key: FileWork(key, feature_sets, known.get(key)) for key in file_keys}
         self._unreported = {feature_set.name: set(file_keys) for feature_set in feature_sets}
@@ -166,18 +216,26 @@ class Engine:
                 self._give_up(file.identify, self._results.classify(error, file.identify))
         self._dispatcher.place(*self._files.values())
 
-    def drive(self, feature_set: str, *, hold_s: float = 0.0) -> Iterator[CellOutcome]:
-        """Work until every cell of a feature set is over, and yield what becomes durable.
+    def drive(
+        self,
+        feature_set: str,
+        *,
+        hold_s: float = 0.0,
+        check: Callable[[], None] = lambda: None,
+    ) -> Iterator[CellOutcome]:
+        """Process files until every cell of a feature set has ended; yield outcomes.
 
-        Cells of all feature sets of the run are worked at and yielded meanwhile, each once. An
-        outcome counts as reported when the next one is asked for.
+        Cells of all feature sets of the run are processed and yielded meanwhile, each once and when
+        its row is durable. An outcome counts as reported when the next one is requested.
 
         Parameters
         ----------
         feature_set : str
             The feature set whose op drives.
         hold_s : float
-            How long to go on with other feature sets at least while this one's cells wait (s).
+            Go on with other feature sets at least this long while this one's are deferred (s).
+        check : callable
+            Called at least twice a second; what it raises ends the call.
 
         Yields
         ------
@@ -187,14 +245,15 @@ class Engine:
         Raises
         ------
         DeferredError
-            If all that is left of the feature set must wait.
+            If all open cells of the feature set are deferred.
         Exception
-            If something failed that concerns no file: what is durable is yielded by the next call.
+            If something failed that belongs to no file; the next call yields what is durable.
         """
         hold_until = time.monotonic() + hold_s
         if not self._outbox.error:
-            yield from self._report()  # what an earlier call could not
+            yield from self._report()  # what an earlier call could not report
         while self._unreported[feature_set]:
+            check()
             self._advance()
             if self._should_report(feature_set):
                 yield from self._report()
@@ -204,9 +263,48 @@ class Engine:
             if due and time.monotonic() >= hold_until:
                 seconds = max(due[0] - time.monotonic(), 0.0)
                 files = len(self._unreported[feature_set])
-                raise DeferredError(f"{files} files wait {seconds:.0f} s: {due[1]}", seconds)
+                raise DeferredError(
+                    f"{files} files are deferred for {seconds:.0f} s: {due[1]}", seconds
+                )
             self._sleep()
         self._results.judge_suspects(feature_set)
+        yield from self._report()
+
+    @property
+    def result(self) -> RunResult:
+        """Result of the run, if it ends now."""
+        if any(self._unreported.values()):
+            return RunResult.DEFERRED if self._ends_deferred else RunResult.INCOMPLETE
+        failed = {
+            (outcome.file_key, outcome.feature_set)
+            for outcomes in self._failed.values()
+            for outcome in outcomes
+        }
+        if failed - self._results.quarantined:
+            return RunResult.INCOMPLETE
+        return RunResult.BAD_FILES if failed else RunResult.COMPLETE
+
+    @property
+    def wait(self) -> Wait | None:
+        """What the run waits for; None if a cell can be computed or a row is not written yet."""
+        if not self._outbox.is_empty:
+            return None
+        open_sets = [name for name, keys in self._unreported.items() if keys]
+        due = [due for name in open_sets if (due := self._next_due(name))]
+        if not due or len(due) < len(open_sets):
+            return None
+        until, reason = min(due)
+        return Wait(
+            seconds=until - time.monotonic(),
+            waited_s=self._deferrals.waited_s,
+            reason=reason,
+            cells=sum(map(len, self._unreported.values())),
+            feature_sets=open_sets,
+        )
+
+    def end_deferred(self) -> None:
+        """Declare that another run continues the open cells."""
+        self._ends_deferred = True
 
     def failed(self, feature_set: str) -> list[CellOutcome]:
         """Return a feature set's failed cells, whichever op reported them."""
@@ -214,14 +312,14 @@ class Engine:
 
     @property
     def progress(self) -> Progress:
-        """How far the run is."""
+        """Progress of the run."""
         left = set().union(*self._unreported.values())
         cells = len(self._files) * len(self._feature_sets)
         return Progress(
             files=len(self._files),
             cells=cells,
-            files_over=len(self._files) - len(left),
-            cells_over=cells - sum(map(len, self._unreported.values())),
+            files_finished=len(self._files) - len(left),
+            cells_finished=cells - sum(map(len, self._unreported.values())),
             cells_computed=self._cells_computed,
             audio_s=self._audio_s,
         )
@@ -234,31 +332,31 @@ class Engine:
     # The driver
 
     def _sleep(self) -> None:
-        """Wait for a stage to end, or for something to be due."""
-        seconds = min(LONGEST_SLEEP_S, self._waits.next_end_in, self._outbox.due_in)
-        self._take_end(max(seconds, 0.0))
+        """Deferral for a stage to end, or for something to be due."""
+        seconds = min(LONGEST_SLEEP_S, self._deferrals.next_due_in, self._outbox.due_in)
+        self._process_end(max(seconds, 0.0))
 
     def _advance(self) -> None:
-        """Take in what has ended, end waits that are over, plan what is identified."""
-        while self._take_end(0.0):
+        """Process ended attempts, resume deferred stages that are due, plan identified files."""
+        while self._process_end(0.0):
             pass
-        self._end_waits()
+        self._resume_deferred()
         self._plan()
 
-    def _take_end(self, seconds: float) -> bool:
-        """Take in the next end of an attempt; False if there is none within the time."""
+    def _process_end(self, seconds: float) -> bool:
+        """Process the next end of an attempt; return False if there is none within the time."""
         try:
             end = self._dispatcher.ends.get(timeout=seconds)
         except queue.Empty:
             return False
-        if isinstance(end, Flight):
+        if isinstance(end, Attempt):
             self._conclude(end)
         else:
             self._refused(*end)
         return True
 
     def _should_report(self, feature_set: str) -> bool:
-        """Tell whether it is time to make rows durable, or nothing else is left to do."""
+        """Return whether rows are due to be written, or nothing else remains to be done."""
         if not self._outbox.due_in:
             return True
         return not self._outbox.error and not any(
@@ -266,16 +364,16 @@ class Engine:
         )
 
     def _report(self) -> Iterator[CellOutcome]:
-        """Make rows durable, then yield the outcomes that rest on them."""
+        """Write the rows, then yield their outcomes."""
         for outcome in self._outbox.flush():
             yield outcome
             self._failing_since.clear()
             self._reported(outcome)
-            self._advance()  # to report a cell takes its time
+            self._advance()  # reporting a cell takes a while
 
     def _reported(self, outcome: CellOutcome) -> None:
         self._unreported[outcome.feature_set].discard(outcome.file_key)
-        # Who has the same content finds the row in the landing from now on.
+        # Files with the same content find the row in the landing from now on.
         self._files[outcome.file_key].cells[outcome.feature_set].row = None
         if outcome.status is CellStatus.FAILED:
             self._failed[outcome.feature_set].append(outcome)
@@ -284,7 +382,7 @@ class Engine:
             self._audio_s += outcome.audio_s / len(self._feature_sets)
 
     def _give_up_unsaved(self, feature_set: str) -> Iterator[CellOutcome]:
-        """Fail the cells whose rows could not be made durable for too long."""
+        """Fail the cells whose rows could not be written for too long."""
         error, since = self._outbox.error, self._outbox.failing_since
         if error is None or since is None:
             return
@@ -296,34 +394,36 @@ class Engine:
                 self._reported(outcome)
 
     def _next_due(self, feature_set: str) -> tuple[float, str] | None:
-        """Return when the next cell of a feature set can go on, and what it waits for.
+        """Return when a feature set's next deferred cell is due, and why it is deferred.
 
-        None if one of them need not wait.
+        None if one of its cells is not deferred.
         """
-        waits: list[tuple[float, str]] = []
+        deferred: list[tuple[float, str]] = []
         for key in self._unreported[feature_set]:
             file = self._files[key]
             cell = file.cells[feature_set]
-            stage = file.kept_waiting_by(cell) if cell.is_open else None
-            if stage and stage.wait and stage.error:
-                waits.append((stage.wait.until, stage.error.message))
+            stage = file.deferred_by(cell) if cell.is_open else None
+            if stage and stage.deferral and stage.error:
+                deferred.append((stage.deferral.until, stage.error.message))
             elif not cell.is_open and self._outbox.error:
-                waits.append((self._outbox.due_at, self._outbox.error.message))
+                deferred.append((self._outbox.due_at, self._outbox.error.message))
             else:
                 return None
-        return min(waits)
+        return min(deferred)
 
     # Planning
 
     def _plan(self) -> None:
-        """Decide what must be computed of the files that are identified."""
+        """Plan the files that are identified."""
         if files := self._dispatcher.to_plan():
-            known = self._look_up({file.identity.content_hash for file in files if file.identity})
+            known = self._find_known(
+                {file.identity.content_hash for file in files if file.identity}
+            )
             for file in files:
                 self._plan_file(file, known)
             self._dispatcher.place(*files)
 
-    def _look_up(self, hashes: Collection[str]) -> dict[str, Known]:
+    def _find_known(self, hashes: Collection[str]) -> dict[str, Known]:
         if self._force:
             return {feature_set.name: Known() for feature_set in self._feature_sets}
         quarantine = Quarantine()
@@ -355,13 +455,13 @@ class Engine:
                     self._results.copied(cell, file.key, row)
                 case Skip(error):
                     cell.state = StageState.FAILED
-                    self._results.failed(cell, file.key, error, noted_as="skipped")
+                    self._results.failed(cell, file.key, error, noted_as="quarantined")
                 case Compute() if leader is not file and cell.feature_set.reads_pcm:
                     self._follow(file, cell, leader.cells[name])
         file.is_planned = True
 
     def _follow(self, file: FileWork, cell: Cell, leader: Cell) -> None:
-        """Let a cell end as that of another file with the same content does."""
+        """Have a cell end as that of another file with the same content does."""
         if leader.row is not None:
             cell.state = StageState.DONE
             self._results.copied(leader, file.key, leader.row)
@@ -373,36 +473,52 @@ class Engine:
 
     # How stages end
 
-    def _conclude(self, flight: Flight) -> None:
-        """Take in how an attempt ended."""
-        stage, file = flight.stage, flight.stage.file
+    def _conclude(self, attempt: Attempt) -> None:
+        """Process the end of an attempt."""
+        stage, file = attempt.stage, attempt.stage.file
         with log_context(
             run_id=self._run_id,
             file=file.key,
             feature_set=stage.operation if isinstance(stage, Cell) else None,
             attempt=stage.attempts + 1,
         ):
-            exception = flight.future.exception()
-            if isinstance(exception, FileChangedError) or file.has_lost(stage):
-                self._discard(flight, exception)
+            exception = attempt.future.exception()
+            self._check_workers_start(exception)
+            if isinstance(exception, FileChangedError) or file.is_stale(stage):
+                self._discard(attempt, exception)
             elif exception is None:
-                self._succeeded(flight)
+                self._succeeded(attempt)
             else:
-                self._failed_attempt(flight, exception)
+                self._failed_attempt(attempt, exception)
         self._drop_audio(file)
         self._dispatcher.place(file)
 
-    def _succeeded(self, flight: Flight) -> None:
-        stage, file = flight.stage, flight.stage.file
-        result = flight.future.result()
-        self._results.stage_succeeded(flight)
+    def _check_workers_start(self, exception: BaseException | None) -> None:
+        """Raise if workers cannot be started at all: that is a fault of the installation.
+
+        Raises
+        ------
+        WorkerStartError
+            The error of the last one.
+        """
+        if not isinstance(exception, WorkerStartError):
+            self._start_failures = None
+        elif self._start_failures is not None:
+            self._start_failures += 1
+            if self._start_failures >= MAX_START_FAILURES:
+                raise exception
+
+    def _succeeded(self, attempt: Attempt) -> None:
+        stage, file = attempt.stage, attempt.stage.file
+        result = attempt.future.result()
+        self._results.stage_succeeded(attempt)
         if isinstance(stage, Cell):
             file.block_s = stage.options.block_s or file.block_s
-            self._results.computed(flight, stage, cast("CellResult", result))
+            self._results.computed(attempt, stage, cast("CellResult", result))
             for follower in stage.followers:
                 follower.cells[stage.operation].state = StageState.DONE
         elif stage.kind == DECODE:
-            file.decode_s = flight.measurement.seconds
+            file.decode_s = attempt.measurement.seconds
         elif stage.kind == IDENTIFY:
             self._identified_as(file, *cast("tuple[Identity, FileStamp]", result))
         elif file.identity:
@@ -411,16 +527,16 @@ class Engine:
         if stage in (file.identify, file.duration) and file.is_identified:
             self._results.identified(file)
 
-    def _failed_attempt(self, flight: Flight, exception: BaseException) -> None:
-        stage, file = flight.stage, flight.stage.file
+    def _failed_attempt(self, attempt: Attempt, exception: BaseException) -> None:
+        stage, file = attempt.stage, attempt.stage.file
         error = self._results.classify(exception, stage)
-        self._results.stage_failed(flight, exception, error)
+        self._results.stage_failed(attempt, exception, error)
         if stage is file.duration:
             stage.state = StageState.FAILED
             self._results.identified(file)
             return
         if stage.kind == DECODE and file.identity:
-            self._scratch.drop(file.identity.content_hash)  # what a killed worker left of it
+            self._scratch.drop(file.scratch_name)  # what a killed worker left
         recovery = None
         others_fail = self._results.others_fail_too(stage)
         if stage.attempts < most_attempts(
@@ -428,9 +544,9 @@ class Engine:
         ):
             recovery = next_recovery(error, stage.kind, stage.tried)
         if stage.cells:
-            # A failed decode is an attempt at the cell that needed the audio first.
+            # A failed decode counts as an attempt of the first cell that needs the audio.
             self._results.record_attempt(
-                flight, stage.cells[0], "failed", error=error, recovery=recovery
+                attempt, stage.cells[0], "failed", error=error, recovery=recovery
             )
         if recovery is None:
             self._give_up(stage, error)
@@ -440,29 +556,32 @@ class Engine:
         stage.options = apply_recovery(recovery, stage.options, stage.kind)
         if recovery is RecoveryStrategy.DATABASE_RECOVERY:
             get_state_store().close()  # the next use opens new connections
-        if recovery in WAITS:
-            self._defer(stage, error, WAITS[recovery])
+        if recovery in DEFERRING:
+            self._defer(stage, error, DEFERRING[recovery])
         elif not within_budget:
             self._defer(stage, error, RetryStrategy.ADAPTIVE)
         else:
             stage.state = StageState.READY
 
-    def _give_up(self, stage: Stage, error: ErrorInfo, *, waited: bool = False) -> None:
-        """Fail the cells that cannot be computed without a stage."""
+    def _give_up(self, stage: Stage, error: ErrorInfo, *, was_deferred: bool = False) -> None:
+        """Fail the cells that depend on a stage."""
         file, cells = stage.file, stage.cells
+        was_tried = stage is not file.identify and not was_deferred
         self._results.stage_given_up(stage)
         stage.error, stage.state = error, StageState.FAILED
         if stage is file.identify:
             self._results.identified(file)
         for cell in cells:
             cell.error, cell.state = error, StageState.FAILED
-            # The last attempt says it of its own cell, unless that waited.
-            says_it = cell is cells[0] and stage is not file.identify and not waited
-            tried = waited or (stage is file.identify and error.retryable)
-            noted_as = "given_up" if tried else "skipped"
-            self._results.failed(cell, file.key, error, noted_as=None if says_it else noted_as)
-            if stage is not file.identify and not waited:
+            if was_tried:
                 self._results.suspect(cell, error)
+            # The record of the last attempt, or of the quarantine, says it.
+            says_it = (file.key, cell.operation) in self._results.quarantined or (
+                was_tried and cell is cells[0]
+            )
+            waited = was_deferred or (stage is file.identify and error.retryable)
+            noted_as = "given_up" if waited else "skipped"
+            self._results.failed(cell, file.key, error, noted_as=None if says_it else noted_as)
             for follower in list(cell.followers):
                 follows = follower.cells[cell.operation]
                 if concerns_copies(error):
@@ -471,16 +590,17 @@ class Engine:
                 else:
                     follows.follow_nobody()
 
-    # Files that change, and their audio
+    # Changed files, and decoded audio
 
     def _identified_as(self, file: FileWork, identity: Identity, stamp: FileStamp) -> None:
-        """Take in what a file is; begin it anew if it is another than it was in this run."""
+        """Set a file's identity; start the file anew if its content has changed in this run."""
         before = file.identity
         if before and before.content_hash != identity.content_hash:
             if self._leaders.get(before.content_hash) is file:
                 del self._leaders[before.content_hash]
-                self._scratch.drop(before.content_hash)
+            self._scratch.drop(file.scratch_name)
             self._outbox.withdraw(file.key)
+            self._results.quarantined -= {(file.key, name) for name in file.cells}
             for keys in self._unreported.values():
                 keys.add(file.key)
             file.begin_anew()
@@ -491,17 +611,17 @@ class Engine:
         if before == identity or identity == file.known:
             file.duration.state = StageState.DONE
 
-    def _discard(self, flight: Flight, exception: BaseException | None) -> None:
-        """Let an attempt count for nothing: its file is not the one any more that was hashed."""
-        stage, file = flight.stage, flight.stage.file
-        if flight.permit:
-            flight.permit.release()
-        if file.has_lost(stage):
+    def _discard(self, attempt: Attempt, exception: BaseException | None) -> None:
+        """Ignore an attempt whose file is no longer the one that was hashed."""
+        stage, file = attempt.stage, attempt.stage.file
+        if attempt.permit:
+            attempt.permit.release()
+        if file.is_stale(stage):
             return
         stage.state = StageState.READY
         assert exception is not None
         if stage is not file.identify and file.identify.is_open:
-            return  # another stage has found it already
+            return  # another stage has noticed it already
         error = self._results.classify(exception, stage)
         for cell in stage.cells[:1]:
             self._results.note(cell, [file.key], "deferred", error)
@@ -512,41 +632,41 @@ class Engine:
             self._defer(file.identify, error, RetryStrategy.ADAPTIVE)
 
     def _drop_audio(self, file: FileWork) -> None:
-        """Remove a file's decoded audio with its last cell, or while it waits and room is short."""
+        """Remove decoded audio after the last cell, or if scratch is full and all are deferred."""
         if not file.identity or file.running or file.decode.state is not StageState.DONE:
             return
         cells = file.needs_audio
         if cells and not (
-            all(cell.state is StageState.WAITING for cell in cells) and self._scratch.is_full
+            all(cell.state is StageState.DEFERRED for cell in cells) and self._scratch.is_full
         ):
             return
-        self._scratch.drop(file.identity.content_hash)
+        self._scratch.drop(file.scratch_name)
         if cells:
             file.decode = Stage(file, DECODE, options=file.decode.options)
 
-    # Waits
+    # Deferrals
 
     def _refused(self, stage: Stage, refusal: CircuitBreakerOpenError) -> None:
-        """Defer a stage that its breaker does not let through."""
-        if not stage.file.has_lost(stage):
+        """Defer a stage that its breaker refused."""
+        if not stage.file.is_stale(stage):
             stage.refusals += 1
             error = self._results.classify(refusal, stage)
             self._defer(stage, error, RetryStrategy.ADAPTIVE)
             self._dispatcher.place(stage.file)
 
     def _defer(self, stage: Stage, error: ErrorInfo, strategy: RetryStrategy) -> None:
-        """Have a stage wait; give it up if it has waited long enough."""
-        if why := self._waits.defer(stage, error, strategy):
-            self._give_up(stage, why, waited=True)
+        """Defer a stage, or fail its cells if it was deferred for long enough."""
+        if why := self._deferrals.defer(stage, error, strategy):
+            self._give_up(stage, why, was_deferred=True)
             return
         for cell in stage.cells:
             self._results.note(cell, [file.key for file in cell.files], "deferred", error)
 
-    def _end_waits(self) -> None:
-        """Let stages go on whose waits are over, once their storage is there."""
-        for stage, away in self._waits.over():
-            if away and not stage.file.has_lost(stage):
-                self._defer(stage, away, RetryStrategy.ADAPTIVE)
+    def _resume_deferred(self) -> None:
+        """Resume deferred stages that are due and whose storage is reachable."""
+        for stage, problem in self._deferrals.due():
+            if problem and not stage.file.is_stale(stage):
+                self._defer(stage, problem, RetryStrategy.ADAPTIVE)
             else:
                 stage.state = StageState.READY
             self._dispatcher.place(stage.file)

@@ -1,4 +1,4 @@
-"""Rows on their way to the landing, and the outcomes that may be reported once they are there."""
+"""The outbox: rows not yet in the landing, and the outcomes to report once they are."""
 
 import time
 from collections import defaultdict, deque
@@ -12,18 +12,18 @@ from robustness.error_classifier import ErrorInfo
 from robustness.smart_retry import RetryStrategy, get_retry_manager
 
 FLUSH_S = 4.0
-"""Rows wait at most this long before they are made durable (s)."""
+"""Rows are written at most this long after they came in (s)."""
 
 SAVE_ATTEMPTS = 3
 SAVE_S = 10.0
-"""Tries to make rows durable, and the time for them (s), before the cells must wait."""
+"""Attempts to write rows, and time for them (s), before the cells are deferred."""
 
 
 class Outbox:
     """The outcomes of a run's cells, reported only when their rows are durable.
 
-    What cannot be made durable now, because the disk is full or the object store is away, is kept:
-    nothing is computed twice for want of a disk.
+    Rows that cannot be written now, because the disk is full or the object store is unreachable,
+    are kept: nothing is computed twice for that.
 
     Parameters
     ----------
@@ -33,9 +33,9 @@ class Outbox:
     Attributes
     ----------
     error : ErrorInfo or None
-        Why the rows could not be made durable when that was last tried.
+        Why the last write failed.
     failing_since : float or None
-        Since when not (s, monotonic clock).
+        Since when writes have failed (s, monotonic clock).
     """
 
     def __init__(self, landing: Landing) -> None:
@@ -48,16 +48,21 @@ class Outbox:
         self.failing_since: float | None = None
 
     def add(self, table: str, *rows: Row) -> None:
-        """Take in rows of a landing table."""
+        """Add rows of a landing table."""
         self._rows[table].extend(rows)
 
     def report(self, outcome: CellOutcome) -> None:
-        """Take in an outcome, which rests on the rows that were added before it."""
+        """Add an outcome, to be reported after the rows added before it are durable."""
         self._outcomes.append(outcome)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether every row is written and every outcome reported."""
+        return not (self._parts or self._outcomes or any(self._rows.values()))
+
+    @property
     def due_at(self) -> float:
-        """When rows and outcomes should be flushed (s, monotonic clock)."""
+        """When to flush (s, monotonic clock)."""
         asked_for = (self.error and self.error.retry_after) or 0.0
         return self._flushed_at + max(FLUSH_S, asked_for)
 
@@ -67,15 +72,15 @@ class Outbox:
         return max(self.due_at - time.monotonic(), 0.0)
 
     def flush(self) -> Iterator[CellOutcome]:
-        """Make the rows durable and yield the outcomes; none while they cannot be.
+        """Write the rows, then yield the outcomes; none if the rows cannot be written.
 
-        An outcome is dropped only when the next one is asked for: one that could not be reported
+        An outcome is removed only when the next one is requested: one that could not be reported
         is yielded again by the next call.
 
         Raises
         ------
         Exception
-            What the landing failed of, if it would do so again.
+            The landing's error, if a retry would not help.
         """
         for table, rows in self._rows.items():
             if rows:
@@ -85,7 +90,7 @@ class Outbox:
         self._flushed_at = time.monotonic()
         self.failing_since = (self.failing_since or self._flushed_at) if self.error else None
         if not self.error:
-            # While these are reported others come in, and some may be withdrawn.
+            # Meanwhile outcomes are added, and some may be withdrawn.
             for outcome in list(self._outcomes):
                 if outcome in self._outcomes:
                     yield outcome
@@ -102,18 +107,23 @@ class Outbox:
                 self._parts.popleft()
 
         saved = get_retry_manager().retry(
-            append, RetryStrategy.EXPONENTIAL, SAVE_ATTEMPTS, SAVE_S, operation="landing"
+            append,
+            RetryStrategy.EXPONENTIAL,
+            SAVE_ATTEMPTS,
+            SAVE_S,
+            operation="landing",
+            record=False,
         )
         if saved.error_info is None or not saved.error_info.retryable:
             saved.unwrap()
         return saved.error_info
 
     def take(self, feature_set: str) -> list[CellOutcome]:
-        """Remove the outcomes of a feature set, which cannot be made durable, and return them."""
+        """Remove and return the outcomes of a feature set, whose rows cannot be written."""
         taken = [o for o in self._outcomes if o.feature_set == feature_set]
         self._outcomes = deque(o for o in self._outcomes if o.feature_set != feature_set)
         return taken
 
     def withdraw(self, file_key: str) -> None:
-        """Report nothing of a file any more but what comes from now on."""
+        """Remove the outcomes of a file."""
         self._outcomes = deque(o for o in self._outcomes if o.file_key != file_key)

@@ -1,8 +1,7 @@
-"""What must be computed of a file, and what is known of it already."""
+"""Planning: which cells of a file must be computed, and which are known already."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 
 from audio_assets.features.base import FeatureSet, Row
 from robustness.error_classifier import ErrorInfo, ErrorSeverity, ErrorType, RecoveryStrategy
@@ -11,14 +10,14 @@ from robustness.quarantine import QuarantinedCell
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of some contents and one feature set.
+    """What is known about some contents, for one feature set.
 
     Parameters
     ----------
     rows : mapping of str to mapping of str to dict
         The rows in force that are up to date, by content hash and file key.
     quarantined : mapping of str to QuarantinedCell
-        What is in quarantine, by content hash.
+        Quarantined cells, by content hash.
     """
 
     rows: Mapping[str, Mapping[str, Row]] = field(default_factory=dict)
@@ -41,7 +40,7 @@ class Copy:
 
 @dataclass(frozen=True)
 class Skip:
-    """The cell is in quarantine."""
+    """The cell is quarantined."""
 
     error: ErrorInfo
 
@@ -60,16 +59,16 @@ def plan_file(
     feature_sets: Sequence[FeatureSet],
     known: Mapping[str, Known],
 ) -> dict[str, Plan]:
-    """Decide what becomes of each cell of a file.
+    """Plan each cell of a file.
 
     Parameters
     ----------
     file_key : str
         The file's partition key.
     content_hash : str
-        What it holds.
+        Its content.
     feature_sets : sequence of FeatureSet
-        The feature sets wanted.
+        The feature sets to plan.
     known : mapping of str to Known
         What is known, by feature set.
 
@@ -94,13 +93,12 @@ def plan_file(
 
 
 def _quarantined(cell: QuarantinedCell) -> ErrorInfo:
-    since = datetime.fromtimestamp(cell.first_failed_at, UTC)
     return ErrorInfo(
         error_type=ErrorType(cell.error_type),
         severity=ErrorSeverity.MEDIUM,
         retryable=False,
         systemic=False,
         recovery_strategy=RecoveryStrategy.SKIP_FILE,
-        message=f"in quarantine since {since:%Y-%m-%d %H:%M} UTC: {cell.reason}",
+        message=cell.reason,
         exception_type="",
     )

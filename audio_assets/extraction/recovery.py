@@ -1,9 +1,9 @@
-"""What follows a failed attempt: the one place where that is decided."""
+"""Recovery: what follows a failed attempt. It is decided here and nowhere else."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from audio_assets.audio import DecoderName
+from audio_assets.audio.decode import DecoderName
 from audio_assets.extraction.worker import Extractor
 from robustness.error_classifier import ErrorInfo, ErrorType, RecoveryStrategy
 from robustness.smart_retry import RetryStrategy
@@ -13,13 +13,13 @@ BLOCK_S = 40 * 187 * 256 / 16000
 
 TIMEOUT_FACTOR = 1.5
 
-WAITS: Mapping[RecoveryStrategy, RetryStrategy] = {
+DEFERRING: Mapping[RecoveryStrategy, RetryStrategy] = {
     RecoveryStrategy.FILE_SYSTEM_CHECK: RetryStrategy.ADAPTIVE,
     RecoveryStrategy.DATABASE_RECOVERY: RetryStrategy.ADAPTIVE,
     RecoveryStrategy.NETWORK_RETRY: RetryStrategy.EXPONENTIAL,
     RecoveryStrategy.NONE: RetryStrategy.ADAPTIVE,
 }
-"""Recoveries before which time must pass, and how the waits grow."""
+"""Recoveries that defer the stage, and the strategy of the delay."""
 
 IDENTIFY, DECODE, EXTRACT = "identify", "decode", "extract"
 """The stages whose failure can be recovered from."""
@@ -39,7 +39,7 @@ _ESCALATION: Mapping[ErrorType, Sequence[RecoveryStrategy]] = {
     ErrorType.UNKNOWN: (RecoveryStrategy.AUDIO_FALLBACK,),
 }
 
-# A file that cannot be identified may lie on storage that does not answer.
+# A file that cannot be identified may be on storage that does not respond.
 _ESCALATION_OF_IDENTIFY = (RecoveryStrategy.FILE_SYSTEM_CHECK,)
 
 _HELPS_IN: Mapping[RecoveryStrategy, Sequence[str]] = {
@@ -47,7 +47,7 @@ _HELPS_IN: Mapping[RecoveryStrategy, Sequence[str]] = {
     RecoveryStrategy.AUDIO_FALLBACK: (DECODE, EXTRACT),
     RecoveryStrategy.FORMAT_CONVERSION: (DECODE,),
 }
-"""The stages that a recovery can help; one that is not named here helps all."""
+"""The stages that a recovery can help; those not listed here help all."""
 
 _ABOUT_CONTENT = {ErrorType.CORRUPT_FILE, ErrorType.UNSUPPORTED_FORMAT}
 _ABOUT_COMPUTING = {
@@ -62,7 +62,7 @@ _ABOUT_SERVICES = {ErrorType.NETWORK, ErrorType.DATABASE}
 
 @dataclass(frozen=True)
 class AttemptOptions:
-    """How an attempt is made; recoveries change it.
+    """Options of an attempt, which recoveries change.
 
     Parameters
     ----------
@@ -75,11 +75,11 @@ class AttemptOptions:
     timeout_factor : float
         Multiplies the deadlines.
     alone : bool
-        Run nothing beside it, so that it has all the memory.
+        Run no other stage meanwhile, so that it has all the memory.
     fresh_worker : bool
-        Run in a new process, which has no connections open.
+        Run in a new process, without open connections.
     check_storage : bool
-        Look first whether the file's storage is there, and room for its decoded audio.
+        Check first that the file's storage is reachable and scratch has space for its audio.
     """
 
     decoder: DecoderName = "av"
@@ -97,7 +97,7 @@ def next_recovery(
     """Choose what to try after a failed attempt.
 
     The classifier's own advice comes first, then whatever else helps against that type of
-    error. What goes another way is tried once; what waits may be tried again.
+    error. A recovery that changes options is tried once; one that defers may be repeated.
 
     Parameters
     ----------
@@ -111,7 +111,7 @@ def next_recovery(
     Returns
     -------
     RecoveryStrategy or None
-        None if nothing is left that could help.
+        None if no recovery is left that could help.
     """
     if not error.retryable:
         return None
@@ -121,7 +121,7 @@ def next_recovery(
     for strategy in (error.recovery_strategy, *escalation):
         if stage in _HELPS_IN.get(strategy, (stage,)) and strategy not in tried:
             return strategy
-    return error.recovery_strategy if error.recovery_strategy in WAITS else None
+    return error.recovery_strategy if error.recovery_strategy in DEFERRING else None
 
 
 def apply_recovery(
@@ -147,7 +147,7 @@ def apply_recovery(
         case RecoveryStrategy.AUDIO_FALLBACK if stage == DECODE:
             return replace(options, decoder="soundfile")
         case RecoveryStrategy.AUDIO_FALLBACK:
-            # It has deadlines of its own, which nothing has shown to be too short.
+            # Its own deadlines have not been exceeded yet.
             return replace(options, extractor="alternative", timeout_factor=1.0)
         case RecoveryStrategy.FORMAT_CONVERSION:
             return replace(options, decoder="salvage")
@@ -160,31 +160,39 @@ def apply_recovery(
 
 
 def is_files_own_fault(error: ErrorInfo, *, others_succeed: bool) -> bool:
-    """Tell whether a cell that was given up would fail again, however often it is tried.
+    """Return whether a failed cell would fail again, however often it is tried.
 
     Parameters
     ----------
     error : ErrorInfo
-        What its last attempt failed of.
+        The error of its last attempt.
     others_succeed : bool
-        Whether the feature set succeeds with other files meanwhile: if it hangs, crashes or runs
-        out of memory with this one, through all recoveries, this one is to blame.
+        Whether the feature set succeeds with other files meanwhile: then a hang, a crash or a
+        shortage of memory through all recoveries is the file's own fault.
     """
     return error.error_type in _ABOUT_CONTENT or (
         others_succeed and error.error_type in _ABOUT_COMPUTING
     )
 
 
-def most_attempts(error: ErrorInfo, usual: int, *, others_fail: bool) -> int:
-    """Return how many attempts are made at most at a stage.
+def is_disk_full(error: ErrorInfo) -> bool:
+    """Return whether a disk had no space left."""
+    return (
+        error.error_type is ErrorType.SYSTEM_RESOURCE
+        and error.recovery_strategy is RecoveryStrategy.FILE_SYSTEM_CHECK
+    )
 
-    While a service is away that other files need as well, attempts say nothing of the file: twice
-    as many are made, with longer waits, until the breaker has seen enough of it.
+
+def most_attempts(error: ErrorInfo, usual: int, *, others_fail: bool) -> int:
+    """Return the maximum number of attempts of a stage.
+
+    While a service is unreachable for other files as well, failures say nothing about the file:
+    twice as many attempts are made, with longer delays, until the breaker opens.
 
     Parameters
     ----------
     error : ErrorInfo
-        What the last attempt failed of.
+        The error of the last attempt.
     usual : int
         ROBUSTNESS_RETRY_MAX_ATTEMPTS.
     others_fail : bool
@@ -194,5 +202,5 @@ def most_attempts(error: ErrorInfo, usual: int, *, others_fail: bool) -> int:
 
 
 def concerns_copies(error: ErrorInfo) -> bool:
-    """Tell whether what a file failed of would strike another file with the same content too."""
+    """Return whether an error would occur for another file with the same content too."""
     return error.error_type not in _ABOUT_ACCESS

@@ -1,4 +1,4 @@
-"""What a stage's end leaves behind: row, attempt record, breaker, timeout and retry statistics."""
+"""Results of a stage: row, attempt record, and breaker, timeout and retry statistics."""
 
 import time
 from collections import defaultdict
@@ -6,14 +6,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from audio_assets.backlog import inventory_row
-from audio_assets.extraction.cells import Cell, CellOutcome, CellStatus, FileWork, Stage, Wait
+from audio_assets.extraction.cells import Cell, CellOutcome, CellStatus, Deferral, FileWork, Stage
 from audio_assets.extraction.outbox import Outbox
-from audio_assets.extraction.recovery import DECODE, is_files_own_fault
+from audio_assets.extraction.recovery import DECODE, is_disk_full, is_files_own_fault
 from audio_assets.extraction.worker import CellResult
 from audio_assets.features.base import Row
-from audio_assets.file_keys import FileKeyError
-from audio_assets.library import Library
+from audio_assets.library.file_keys import FileKeyError
+from audio_assets.library.formats import check_content
+from audio_assets.library.scan import Library
+from audio_assets.warehouse.inventory import inventory_row
 from audio_assets.warehouse.schema import ATTEMPTS, FILES, feature_table
 from robustness.adaptive_timeout import TimeoutDecision, get_timeout_manager
 from robustness.circuit_breaker import Permit
@@ -24,25 +25,25 @@ from robustness.worker_pool import Measurement, WorkerFuture, WorkerTimeoutError
 
 
 @dataclass(eq=False)
-class Flight:
-    """An attempt at a stage that a worker is at.
+class Attempt:
+    """One try of a stage, by a worker.
 
     Parameters
     ----------
     stage : Stage
         The stage.
     future : WorkerFuture
-        How it ends.
+        Its result.
     permit : Permit or None
-        Its breaker's leave.
+        Its breaker's permit.
     timeout_s : float
         The deadline given (s).
     decision : TimeoutDecision
-        Where it comes from.
+        How that was decided.
     breaker_state : str
         State of its breaker when it began.
-    wait : Wait or None
-        The wait before it.
+    deferral : Deferral or None
+        The delay before it.
     submitted : float
         When it began (s, monotonic clock).
     finished : float
@@ -55,23 +56,23 @@ class Flight:
     timeout_s: float
     decision: TimeoutDecision
     breaker_state: str
-    wait: Wait | None
+    deferral: Deferral | None
     submitted: float
     finished: float = 0.0
 
     @property
     def measurement(self) -> Measurement:
-        """What the attempt took: nothing, if no worker could be started for it."""
+        """Time and memory used; zero if no worker could be started for it."""
         return self.future.measurement or Measurement(0.0, {}, 0.0, 0)
 
     @property
     def seconds(self) -> float | None:
-        """Time spent within its deadline (s); None if it did not come to that."""
+        """Time spent under its deadline (s); None if it ended before that began."""
         return self.measurement.stage_seconds.get(self.stage.deadlines[-1])
 
 
 class Results:
-    """Records what the stages of a run's files give.
+    """Records the results of the stages of a run's files.
 
     Parameters
     ----------
@@ -81,6 +82,11 @@ class Results:
         Where the files are.
     outbox : Outbox
         Where rows and outcomes go.
+
+    Attributes
+    ----------
+    quarantined : set of (str, str)
+        Failed cells, by file and feature set, that are quarantined.
     """
 
     def __init__(self, run_id: str, library: Library, outbox: Outbox) -> None:
@@ -92,14 +98,15 @@ class Results:
         self._retries = get_retry_manager()
         self._quarantine = Quarantine()
         self._succeeding: set[str] = set()
-        """Feature sets with which a file has succeeded at once."""
+        """Feature sets of which a cell has succeeded at the first attempt."""
         self._last_success: dict[str, float] = {}
+        self.quarantined: set[tuple[str, str]] = set()
         self._suspects: dict[str, list[tuple[Cell, str, ErrorInfo]]] = defaultdict(list)
 
     # Attempts
 
     def classify(self, exception: BaseException, stage: Stage) -> ErrorInfo:
-        """Classify what an attempt failed of, in the light of what the file looks like."""
+        """Classify an attempt's exception, with the file as evidence."""
         file = stage.file
         context: dict[str, object] = {
             "file": file.key,
@@ -112,59 +119,65 @@ class Results:
             context["library_root"] = str(self._library.root_of(file.key))
         except FileKeyError:
             pass
-        return self._classifier.classify_error(exception, context)
+        # A file that was decoded holds audio, whatever its first bytes are.
+        is_decoded = isinstance(stage, Cell) and stage.feature_set.reads_pcm
+        return self._classifier.classify_error(
+            exception, context, check_content=None if is_decoded else check_content
+        )
 
-    def stage_succeeded(self, flight: Flight) -> None:
+    def stage_succeeded(self, attempt: Attempt) -> None:
         """Record an attempt that succeeded."""
-        stage = flight.stage
+        stage = attempt.stage
         self._last_success[stage.operation] = time.monotonic()
-        if flight.permit:
-            flight.permit.succeeded(flight.seconds)
-        self._count(flight, success=True)
+        if attempt.permit:
+            attempt.permit.succeeded(attempt.seconds)
+        self._count(attempt, success=True)
         if stage.error:
             self._classifier.mark_recovered(stage.error)
         self._record_retries(stage, success=True)
 
-    def stage_failed(self, flight: Flight, exception: BaseException, error: ErrorInfo) -> None:
+    def stage_failed(self, attempt: Attempt, exception: BaseException, error: ErrorInfo) -> None:
         """Record an attempt that failed."""
-        stage = flight.stage
-        if flight.permit:
-            # One bad file must not open a breaker: its first fault counts, no later one.
-            flight.permit.failed(exception, counts=error.systemic and not stage.attempts)
+        stage = attempt.stage
+        if attempt.permit:
+            # One bad file must not open a breaker: only its first failure counts.
+            # A full disk says nothing of what is guarded, and each stage waits for space itself.
+            counts = error.systemic and not stage.attempts and not is_disk_full(error)
+            attempt.permit.failed(exception, counts=counts)
         stage.error = error
-        self._count(flight, success=False, timed_out=isinstance(exception, WorkerTimeoutError))
+        self._count(attempt, success=False, timed_out=isinstance(exception, WorkerTimeoutError))
 
     def others_fail_too(self, stage: Stage) -> bool:
-        """Tell whether no file has succeeded with what a stage does since its first failure."""
+        """Return whether no file has passed this kind of stage since its first failure."""
         return self._last_success.get(stage.operation, 0.0) < (stage.began or 0.0)
 
     def stage_given_up(self, stage: Stage) -> None:
-        """Record that a stage is not tried any more."""
+        """Record that a stage failed for good."""
         if stage.error:
             self._classifier.mark_recovered(stage.error, recovered=False)
         self._record_retries(stage, success=False)
 
-    def _count(self, flight: Flight, *, success: bool, timed_out: bool = False) -> None:
-        stage = flight.stage
+    def _count(self, attempt: Attempt, *, success: bool, timed_out: bool = False) -> None:
+        stage = attempt.stage
         if stage.has_budget and not stage.attempts:
             self._retries.deposit(stage.operation)
         stage.attempts += 1
-        if flight.seconds is not None:
+        if attempt.seconds is not None:
             self._timeouts.record_performance(
                 stage.timed_as,
                 stage.file.size_mb,
-                flight.seconds,
+                attempt.seconds,
                 success,
-                flight.timeout_s,
+                attempt.timeout_s,
                 audio_seconds=stage.length_s,
                 timed_out=timed_out,
             )
 
     def _record_retries(self, stage: Stage, *, success: bool) -> None:
-        """Let the retry manager learn from a stage that waited."""
-        if stage.waited_by and stage.began is not None:
+        """Let the retry manager learn from a deferred stage."""
+        if stage.deferred_with and stage.began is not None:
             self._retries.record_outcome(
-                stage.waited_by,
+                stage.deferred_with,
                 stage.attempts,
                 success,
                 time.monotonic() - stage.began,
@@ -173,7 +186,7 @@ class Results:
 
     def record_attempt(
         self,
-        flight: Flight,
+        attempt: Attempt,
         cell: Cell,
         outcome: str,
         *,
@@ -181,52 +194,53 @@ class Results:
         error: ErrorInfo | None = None,
         recovery: RecoveryStrategy | None = None,
     ) -> None:
-        """Add the record of an attempt at a cell: at extracting it, or decoding audio for it."""
-        file, measurement = cell.file, flight.measurement
+        """Add the record of an attempt to extract a cell, or to decode audio for it."""
+        file, measurement = cell.file, attempt.measurement
         duration_s, decode_s = measurement.seconds, 0.0
-        if flight.stage.kind == DECODE:
+        if attempt.stage.kind == DECODE:
             decode_s = duration_s
-        elif cell.feature_set.reads_pcm:
+        elif cell.feature_set.reads != "file":
             decode_s, file.decode_s = file.decode_s, 0.0
             duration_s += decode_s
-        elapsed = flight.finished - flight.submitted
+        elapsed = attempt.finished - attempt.submitted
         started_at = datetime.now(UTC) - timedelta(
-            seconds=time.monotonic() - flight.finished + duration_s
+            seconds=time.monotonic() - attempt.finished + duration_s
         )
         row = {
             **self._about(cell, file.key, len(cell.history) + 1, outcome, error),
             "recovery_strategy": recovery and recovery.value,
             "recovered": bool(cell.history) if outcome == "succeeded" else None,
-            "retry_strategy": flight.wait and flight.wait.strategy.value,
-            "retry_delay_s": flight.wait and flight.submitted - flight.wait.since,
+            "retry_strategy": attempt.deferral and attempt.deferral.strategy.value,
+            "retry_delay_s": attempt.deferral and attempt.submitted - attempt.deferral.since,
             "extractor": extractor,
-            "timeout_s": flight.timeout_s,
-            "timeout_source": flight.decision.source,
-            "timeout_rate": flight.decision.quantile_rate,
-            "timeout_base_s": flight.decision.base_seconds,
-            "timeout_multiplier": flight.decision.multiplier * flight.stage.options.timeout_factor,
+            "timeout_s": attempt.timeout_s,
+            "timeout_source": attempt.decision.source,
+            "timeout_rate": attempt.decision.quantile_rate,
+            "timeout_base_s": attempt.decision.base_seconds,
+            "timeout_multiplier": attempt.decision.multiplier
+            * attempt.stage.options.timeout_factor,
             "duration_s": duration_s,
             "decode_s": decode_s or None,
             "audio_s": file.length_s,
             "queue_s": max(elapsed - measurement.seconds, 0.0),
             "peak_memory_mib": measurement.peak_memory_mib,
             "worker_pid": measurement.worker_pid,
-            "breaker_state": flight.breaker_state,
+            "breaker_state": attempt.breaker_state,
             "started_at": started_at,
             "content_hash": file.identity and file.identity.content_hash,
         }
-        flight.stage.began = flight.stage.began or flight.finished
+        attempt.stage.began = attempt.stage.began or attempt.finished
         cell.history.append(row)
         self._outbox.add(ATTEMPTS.landing_name, row)
 
     # Cells
 
-    def computed(self, flight: Flight, cell: Cell, result: CellResult) -> None:
+    def computed(self, attempt: Attempt, cell: Cell, result: CellResult) -> None:
         """Report a cell that was computed, and its copies."""
         file = cell.file
         assert file.identity is not None
         self._classifier.record_success(cell.operation)
-        self.record_attempt(flight, cell, "succeeded", extractor=result.extractor)
+        self.record_attempt(attempt, cell, "succeeded", extractor=result.extractor)
         if cell.attempts == 1:
             self._succeeding.add(cell.operation)
         cell.row = {
@@ -252,7 +266,7 @@ class Results:
             self.copied(cell, follower.key, cell.row)
 
     def reused(self, cell: Cell, row: Row) -> None:
-        """Report a cell whose own row is up to date."""
+        """Report a cell whose row is up to date."""
         cell.row = row
         self.note(cell, [cell.file.key], "reused")
         self._outbox.report(self._outcome(cell, cell.file.key, CellStatus.REUSED, row=row))
@@ -260,7 +274,7 @@ class Results:
     def copied(self, cell: Cell, file_key: str, row: Row) -> None:
         """Give a file the row of another file with the same content."""
         self.note(cell, [file_key], "reused")
-        # Of what the file held before there may be a row that was computed later than this one.
+        # There may be a later row of the file's earlier content.
         copy = {
             **row,
             "file_key": file_key,
@@ -278,13 +292,13 @@ class Results:
         Parameters
         ----------
         cell : Cell
-            The cell, or that of another file with the same content which it ends with.
+            The cell, or the one of another file that it follows.
         file_key : str
             The file.
         error : ErrorInfo
             Why.
-        noted_as : {'skipped', 'given_up'}, optional
-            What to record of it; nothing where the last attempt says it all.
+        noted_as : {'skipped', 'given_up', 'quarantined'}, optional
+            Outcome to record; none if the record of the last attempt says it.
         """
         if noted_as:
             self.note(cell, [file_key], noted_as, error)
@@ -315,10 +329,12 @@ class Results:
     def note(
         self, cell: Cell, file_keys: Iterable[str], outcome: str, error: ErrorInfo | None = None
     ) -> None:
-        """Record what became of a cell of some files without an attempt at it."""
+        """Record an outcome of a cell of some files that is not an attempt's."""
         for key in file_keys:
             row = {**self._about(cell, key, 0, outcome, error), "started_at": datetime.now(UTC)}
             self._outbox.add(ATTEMPTS.landing_name, row)
+            if outcome == "quarantined":
+                self.quarantined.add((key, cell.operation))
 
     def _about(
         self, cell: Cell, file_key: str, attempt: int, outcome: str, error: ErrorInfo | None
@@ -338,26 +354,26 @@ class Results:
     # Files
 
     def identified(self, file: FileWork) -> None:
-        """Record in the inventory what a file is, or that it cannot be read."""
+        """Record a file's identity in the inventory, or that it cannot be read."""
         if file.identity is not None and file.identity == file.known:
             return
         try:
             path = self._library.path_of(file.key)
-        except FileKeyError:  # it belongs to no library that is known
+        except FileKeyError:  # it is in no known library root
             return
         self._outbox.add(FILES.landing_name, inventory_row(file.key, path, file.identity))
 
     # Quarantine
 
     def suspect(self, cell: Cell, error: ErrorInfo) -> None:
-        """Quarantine a failed cell, now or when it is clear that its file is to blame."""
+        """Quarantine a failed cell as soon as its file is known to be the cause."""
         if cell.file.identity:
             content_hash = cell.file.identity.content_hash
             self._suspects[cell.operation].append((cell, content_hash, error))
             self.judge_suspects(cell.operation)
 
     def judge_suspects(self, feature_set: str) -> None:
-        """Quarantine those failed cells of a feature set whose files are to blame."""
+        """Quarantine the failed cells of a feature set that failed because of their files."""
         for suspect in self._suspects.pop(feature_set, []):
             cell, content_hash, error = suspect
             if not is_files_own_fault(error, others_succeed=feature_set in self._succeeding):
@@ -372,3 +388,4 @@ class Results:
                 attempts=len(cell.history),
                 code_version=cell.feature_set.code_version,
             )
+            self.note(cell, [file.key for file in cell.files], "quarantined", error)

@@ -1,4 +1,4 @@
-"""Decoded audio of the files at work."""
+"""Scratch: decoded audio of the files in processing."""
 
 import contextlib
 import fcntl
@@ -9,19 +9,18 @@ from typing import Self
 
 
 class Scratch:
-    """A directory of decoded audio, one file per content, for one run.
+    """A directory of decoded audio, for one run.
 
-    A lock marks the directory as in use, so that one left by a
-    killed run is removed by the next.
+    A lock marks the directory as in use, so that one left by a killed run is removed by the next.
 
     Parameters
     ----------
     root : Path
-        Directory of all runs' scratches.
+        Parent directory, shared by all runs.
     run_id : str
         The run.
     limit_mib : float
-        Decoded audio kept for files that wait (MiB).
+        Decoded audio kept for deferred files (MiB).
 
     Attributes
     ----------
@@ -51,18 +50,18 @@ class Scratch:
         shutil.rmtree(self.directory, ignore_errors=True)
         self._lock.close()
 
-    def path_of(self, content_hash: str) -> Path:
-        """Return where the decoded audio of a file with this content is, or goes."""
-        return self.directory / f"{content_hash}.npy"
+    def path_of(self, name: str) -> Path:
+        """Return where decoded audio of this name is, or goes."""
+        return self.directory / f"{name}.npy"
 
-    def drop(self, content_hash: str) -> None:
-        """Remove what was decoded, or half decoded, of this content."""
-        for path in self.directory.glob(f"{content_hash}*"):
+    def drop(self, name: str) -> None:
+        """Remove decoded audio of this name, complete or partial."""
+        for path in self.directory.glob(f"{name}*"):
             path.unlink(missing_ok=True)
 
     @property
     def is_full(self) -> bool:
-        """Whether there is more decoded audio than may be kept for files that wait."""
+        """Whether there is more decoded audio than is kept for deferred files."""
         used = 0
         for path in self.directory.iterdir():
             with contextlib.suppress(FileNotFoundError):  # a worker renames what it has finished

@@ -1,4 +1,4 @@
-"""What a worker process does with a file: identify it, decode it, extract a feature set."""
+"""The stages that run in a worker process: identify a file, decode it, extract a feature set."""
 
 import os
 import shutil
@@ -12,44 +12,32 @@ from typing import Literal
 import av
 import pyarrow as pa
 
-from audio_assets.audio import SAMPLE_RATE, Audio, DecoderName, decode, open_container
-from audio_assets.errors import AudioFileError, FileChangedError
+from audio_assets.audio.decode import DecoderName, Limits, decode
+from audio_assets.audio.errors import AudioFileError
+from audio_assets.audio.opening import open_container
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio, SourceInfo
 from audio_assets.features.base import FeatureSet, Row, check_row
-from audio_assets.library import FileStamp, Library, content_hash, open_regular
+from audio_assets.library.files import (
+    FileChangedError,
+    FileStamp,
+    Identity,
+    content_hash,
+    open_regular,
+)
+from audio_assets.library.scan import Library
 from audio_assets.warehouse.schema import arrow_schema
+from robustness.error_classifier import ErrorInfo
 from robustness.file_evidence import FileState, inspect_file
 from robustness.worker_pool import report_stage
 
-IDENTIFY_STAGES = ("look", "hash")
+IDENTIFY_STAGES = ("inspect", "hash")
 
 HASH_BLOCK_MIB = 64
-"""What is hashed within one deadline (MiB)."""
+"""Bytes hashed within one deadline (MiB)."""
 
 _PCM_BYTES_PER_SECOND = SAMPLE_RATE * 2 * 4
 
 Extractor = Literal["primary", "alternative"]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """What a file is, apart from its name.
-
-    Parameters
-    ----------
-    content_hash : str
-        BLAKE3 of the file's bytes, hexadecimal.
-    size : int
-        Size (bytes).
-    mtime_ns : int
-        Time of the last change (ns since the epoch).
-    duration_s : float or None
-        Duration by the container's header (s); None where it names none.
-    """
-
-    content_hash: str
-    size: int
-    mtime_ns: int
-    duration_s: float | None
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,7 @@ class FileRef:
     path : Path
         The audio file.
     stamp : FileStamp
-        What it must still be.
+        Its identity; a file with another one is not analysed.
     pcm : Path
         Its decoded audio, see `audio_assets.audio.decode`.
     """
@@ -73,7 +61,7 @@ class FileRef:
 
 @dataclass(frozen=True)
 class CellResult:
-    """What extracting a feature set gives.
+    """The result of extracting a feature set.
 
     Parameters
     ----------
@@ -88,10 +76,10 @@ class CellResult:
 
 
 def identify(library: Library, file_key: str, known: Identity | None) -> tuple[Identity, FileStamp]:
-    """Find out what a file holds, by its hash.
+    """Hash a file's content.
 
-    Its stages are those of `IDENTIFY_STAGES`; it enters the second anew for each `HASH_BLOCK_MIB`,
-    so that a file may be of any size and a hang is noticed soon.
+    Its deadlines are those of `IDENTIFY_STAGES`; the second starts anew for each `HASH_BLOCK_MIB`,
+    so that files of any size pass and a hang is noticed soon.
 
     Parameters
     ----------
@@ -100,17 +88,17 @@ def identify(library: Library, file_key: str, known: Identity | None) -> tuple[I
     file_key : str
         The file's partition key.
     known : Identity, optional
-        What it was when last seen; believed if size and time of change are still the same.
+        Its last known identity, taken over if size and modification time are the same.
 
     Returns
     -------
     (Identity, FileStamp)
-        What it is, without a duration unless it is the known one; what it must be from now on.
+        Its identity, with a duration only if taken over, and the stamp that tells any change.
 
     Raises
     ------
     FileKeyError
-        If the key leads to no file of the library.
+        If the key is of no file of the library.
     FileChangedError
         If it changes while it is read.
     OSError
@@ -120,7 +108,7 @@ def identify(library: Library, file_key: str, known: Identity | None) -> tuple[I
     with open_regular(path) as file:
         stamp = FileStamp.of(os.fstat(file.fileno()))
         if known and (known.size, known.mtime_ns) == (stamp.size, stamp.mtime_ns):
-            file.read(1)  # what cannot be read any more is not believed either
+            file.read(1)  # a file that cannot be read is not taken over
             return known, stamp
         digest = content_hash(file, HASH_BLOCK_MIB, before_block=lambda: report_stage("hash"))
         if FileStamp.of(os.fstat(file.fileno())) != stamp:
@@ -129,12 +117,12 @@ def identify(library: Library, file_key: str, known: Identity | None) -> tuple[I
 
 
 def read_duration(file: FileRef) -> float | None:
-    """Return the duration (s) that a file's header names; None where it names none.
+    """Return the duration (s) by a file's header; None if that states none.
 
     Raises
     ------
     FileChangedError
-        If the file is not the one any more that was identified.
+        If the file is no longer the one that was identified.
     OSError
         If the file cannot be read.
     """
@@ -146,27 +134,31 @@ def read_duration(file: FileRef) -> float | None:
             return None
 
 
-def decode_file(file: FileRef, decoder: DecoderName) -> float:
-    """Decode a file's audio to `file.pcm` and return its duration (s).
+def decode_file(file: FileRef, decoder: DecoderName, limits: Limits) -> SourceInfo:
+    """Decode a file's audio to `file.pcm` and return its properties.
 
     Raises
     ------
     AudioFileError
         If the file cannot be decoded.
     FileChangedError
-        If the file is not the one any more that was identified.
+        If the file is no longer the one that was identified.
     OSError
         If the file cannot be read or the decoded audio cannot be written.
     """
     _audio.cache_clear()  # this worker is done with the file before
     with _unchanged(file):
-        return decode(file.path, file.pcm, decoder=decoder, stamp=file.stamp).duration_s
+        return decode(file.path, file.pcm, decoder=decoder, stamp=file.stamp, limits=limits)
 
 
 def extract(
-    file: FileRef, feature_set: FeatureSet, extractor: Extractor, block_s: float | None
+    file: FileRef,
+    feature_set: FeatureSet,
+    extractor: Extractor,
+    block_s: float | None,
+    decoding: SourceInfo | ErrorInfo | None = None,
 ) -> CellResult:
-    """Extract one feature set of a file, whose audio is decoded already if it is needed.
+    """Extract one feature set of a file; audio that it needs is decoded already.
 
     Parameters
     ----------
@@ -178,11 +170,13 @@ def extract(
         Which of the feature set's extractors to call.
     block_s : float or None
         Analyse in blocks of this length (s), in bounded memory.
+    decoding : SourceInfo or ErrorInfo, optional
+        How decoding ended, for a feature set that reads that.
 
     Raises
     ------
     FileChangedError
-        If the file is not the one any more that was identified.
+        If the file is no longer the one that was identified.
     ValueError, pyarrow.ArrowInvalid, pyarrow.ArrowTypeError
         If the row does not fit the feature set's table.
     """
@@ -192,7 +186,7 @@ def extract(
         function, name = feature_set.extract_alternative, feature_set.alternative
     with _unchanged(file):
         if not feature_set.reads_pcm:
-            row = function(Audio.without_pcm(file.path, file.stamp))
+            row = function(Audio.without_pcm(file.path, file.stamp, decoding))
         elif block_s is None:
             row = function(_audio(file))
         else:
@@ -206,14 +200,14 @@ def extract(
 
 @contextmanager
 def _unchanged(file: FileRef) -> Iterator[None]:
-    """Let nothing be made of another file than the one that was identified.
+    """Refuse results from another file than the one that was identified.
 
-    A file that is gone, or whose storage is away, has not changed: whoever needs it says so.
+    A file that is gone or unreachable has not changed; reading it raises its own error.
 
     Raises
     ------
     FileChangedError
-        If the file has changed before, or has when the block ends, however that ends.
+        If the file has changed, at the start or at the end of the block.
     """
     _check_unchanged(file)
     try:
@@ -233,12 +227,12 @@ def _check_unchanged(file: FileRef) -> None:
 
 @lru_cache(maxsize=1)
 def _audio(file: FileRef) -> Audio:
-    """Return a file's decoded audio, and what earlier stages of the file have derived from it."""
+    """Return a file's decoded audio, with what earlier stages derived from it."""
     return Audio.open(file.pcm, file.path, file.stamp)
 
 
 def storage_problem(path: Path, root: Path, scratch: Path, duration_s: float | None) -> str | None:
-    """Look whether the storage that an attempt needs is there: the file's, and room for its PCM.
+    """Check the storage that an attempt needs: the file's, and space for its PCM.
 
     Parameters
     ----------
@@ -254,11 +248,11 @@ def storage_problem(path: Path, root: Path, scratch: Path, duration_s: float | N
     Returns
     -------
     str or None
-        What is wrong as long as waiting may mend it; None otherwise, also where the file alone is
-        missing or cannot be read.
+        The problem, if it may pass; None otherwise, also if only the file is missing or cannot be
+        read.
     """
     evidence = inspect_file(path, root)
-    if evidence.state is FileState.STORAGE_AWAY:
+    if evidence.state is FileState.STORAGE_UNREACHABLE:
         return evidence.finding
     needed = int((duration_s or 0.0) * _PCM_BYTES_PER_SECOND)
     free = shutil.disk_usage(scratch).free

@@ -1,36 +1,25 @@
 """The feature sets, by name."""
 
-from importlib import import_module
+from typing import TYPE_CHECKING
 
-from audio_assets.features.base import FeatureSet
+if TYPE_CHECKING:
+    from audio_assets.features.base import FeatureSet
+    from audio_assets.features.registry import BrokenFeatureSet
 
-_MODULES = (
-    "metadata",
-    "loudness",
-    "danceability",
-    "key",
-    "chroma",
-    "mfcc",
-    "spectral",
-    "rhythm",
-    "musicnn",
-)
+FEATURE_SETS: dict[str, "FeatureSet"]
+"""All feature sets by name, in the order in which a file's cells are computed."""
 
-FEATURE_SETS: dict[str, FeatureSet] = {
-    module: import_module(f"audio_assets.features.{module}").FEATURE_SET for module in _MODULES
-}
-"""All feature sets by name, the cheap ones first."""
+BROKEN_FEATURE_SETS: list["BrokenFeatureSet"]
+"""Those that are left out."""
 
+if not TYPE_CHECKING:
 
-def get_feature_set(name: str) -> FeatureSet:
-    """Return a feature set by its name.
+    def __getattr__(name: str) -> object:
+        # Loaded when first used: a package that offers one imports this package first.
+        if name not in ("FEATURE_SETS", "BROKEN_FEATURE_SETS"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        global FEATURE_SETS, BROKEN_FEATURE_SETS
+        from audio_assets.features.registry import load_feature_sets
 
-    Raises
-    ------
-    KeyError
-        If there is no such feature set; the message names those there are.
-    """
-    try:
-        return FEATURE_SETS[name]
-    except KeyError:
-        raise KeyError(f"no feature set {name!r}; there are {', '.join(FEATURE_SETS)}") from None
+        FEATURE_SETS, BROKEN_FEATURE_SETS = load_feature_sets()
+        return globals()[name]

@@ -1,13 +1,32 @@
 """What a feature set is: its columns, its two extractors, what it shows in the UI."""
 
+import keyword
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
-from audio_assets.audio import Audio
+from audio_assets.audio.pcm import Audio
 
 Row = dict[str, Any]
 """One cell's values by column name: plain Python numbers, strings, lists, dicts, or None."""
+
+Reads = Literal["pcm", "file", "decoding"]
+
+_NUMBERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "FLOAT", "DOUBLE"}
+_IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")
+
+RESERVED_NAMES = frozenset(
+    {
+        *("files", "missing", "tracks"),  # of the warehouse
+        *("identify", "inspect", "hash", "duration", "decode"),  # stages
+        *("published_tables", "robustness_tables"),  # other ops; then what Dagster reserves
+        *("arg_dict", "bool", "conf", "config", "context", "dict", "float", "input"),
+        *("input_arg_dict", "int", "meta", "output", "output_arg_dict", "str", "type"),
+        *keyword.kwlist,
+    }
+)
+"""Names that no feature set may have."""
 
 
 @dataclass(frozen=True)
@@ -33,56 +52,115 @@ class Column:
     unit: str | None = None
 
 
-@dataclass(frozen=True)
+COMMON_COLUMNS = (
+    Column("file_key", "VARCHAR", "The file: name of its root and path below it, escaped"),
+    Column("content_hash", "VARCHAR", "Hash of the file's content when the row was computed"),
+    Column("extractor", "VARCHAR", "Library that made the row"),
+    Column("computed_at", "TIMESTAMPTZ", "When the row was computed, or taken from a copy's"),
+    Column("run_id", "VARCHAR", "Dagster run that computed the row, or took it from a copy's"),
+    Column("code_version", "VARCHAR", "Version of the feature set's code"),
+)
+"""What every feature table carries before its own columns."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class FeatureSet:
     """A feature set: one Dagster asset, one op, one table.
 
     Parameters
     ----------
     name : str
-        Name of the asset (``features/<name>``), the op and the table.
+        Name of the asset (``features/<name>``), the op and the table: lower-case letters, digits
+        and ``_``.
     description : str
         What it measures and by which published algorithm.
     columns : sequence of Column
-        The table's columns, without those every table carries.
+        The table's columns, without `COMMON_COLUMNS`.
+    licence : str
+        Licences of the libraries behind the two extractors, and of trained weights.
+    citation : str
+        The publications or standards that define the algorithm.
     extract : callable
         Primary extractor: takes an `Audio`, returns a value for each column.
     extract_alternative : callable
         The same columns in the same units by another library.
     combine : callable
         Joins the rows of consecutive blocks of one file into the file's row, for analysis in
-        bounded memory: takes the rows and the blocks' durations (s).
+        bounded memory: takes the rows and the blocks' durations (s). Only called if `reads` is
+        ``pcm``.
+    picture : callable, optional
+        Draws a row for the Dagster UI, with the functions of `audio_assets.features.pictures`;
+        returns None where there is nothing to draw.
     headline : str
         The column shown in the view ``features.tracks``.
     plotted : sequence of str
         Numeric columns worth a plot in the Dagster UI.
     extractor, alternative : str
         Names of the libraries behind the two extractors, as written to the column ``extractor``.
+    reads : {'pcm', 'file', 'decoding'}
+        What the extractors need: decoded audio; the file itself; or the file and the result of its
+        decoding, which is then `Audio.source` or, if it failed, `Audio.decode_error`. The last
+        come after all others, whether the file could be decoded or not.
+    position : int
+        The order in which a file's cells are computed and tables are listed, lowest first, then by
+        name. The built-in feature sets have 10 to 90.
     code_version : str
         Changes when the values it computes change; rows of another version are computed again.
-    reads_pcm : bool
-        Whether the extractors need decoded audio; False where they read the file itself.
     kinds : frozenset of str
         Kinds of the asset in the Dagster UI.
-    picture : callable, optional
-        Draws a row for the Dagster UI, with the functions of `audio_assets.pictures`; returns
-        None where there is nothing to draw.
+
+    Raises
+    ------
+    ValueError
+        If a name is not allowed, a column is named twice, `headline` is no column, a plotted one
+        is no number, or `reads` is unknown.
     """
 
     name: str
     description: str
     columns: Sequence[Column]
+    licence: str
+    citation: str
     extract: Callable[[Audio], Row]
     extract_alternative: Callable[[Audio], Row]
     combine: Callable[[Sequence[Row], Sequence[float]], Row]
+    picture: Callable[[Row], str | None] | None = None
     headline: str
-    plotted: Sequence[str]
+    plotted: Sequence[str] = ()
     extractor: str = "essentia"
     alternative: str = "librosa"
+    reads: Reads = "pcm"
+    position: int = 100
     code_version: str = "1"
-    reads_pcm: bool = True
     kinds: frozenset[str] = field(default_factory=lambda: frozenset({"python", "essentia"}))
-    picture: Callable[[Row], str | None] | None = None
+
+    def __post_init__(self) -> None:
+        if not _IDENTIFIER.fullmatch(self.name) or self.name in RESERVED_NAMES:
+            raise ValueError(f"{self.name!r} cannot be the name of a feature set")
+        types: dict[str, str] = {}
+        taken = {column.name for column in COMMON_COLUMNS}
+        for column in self.columns:
+            if not _IDENTIFIER.fullmatch(column.name) or column.name in taken | types.keys():
+                raise ValueError(
+                    f"{column.name!r} cannot be the name of a column, or is one already"
+                )
+            types[column.name] = column.type
+        if self.headline not in types:
+            raise ValueError(f"its headline {self.headline!r} is not one of its columns")
+        if wrong := [name for name in self.plotted if types.get(name) not in _NUMBERS]:
+            raise ValueError(f"only columns of numbers can be plotted, not {', '.join(wrong)}")
+        if self.reads not in get_args(Reads):
+            raise ValueError(f"reads must be one of {', '.join(get_args(Reads))}")
+
+    @property
+    def reads_pcm(self) -> bool:
+        """Whether the extractors need decoded audio."""
+        return self.reads == "pcm"
+
+    @property
+    def empty_row(self) -> Row:
+        """A row in which every column is None."""
+        return dict.fromkeys(column.name for column in self.columns)
 
 
 def check_row(feature_set: FeatureSet, row: Mapping[str, Any]) -> None:

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from audio_assets.audio import SAMPLE_RATE, Audio, Samples
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia, per_frame
+from audio_assets.features.pictures import columns
 from audio_assets.features.statistics import is_silent, mean_and_std, pool_moments, weighted_mean
-from audio_assets.pictures import columns
 
 FRAME_SIZE = 4096
 HOP_SIZE = 2048
@@ -22,7 +22,7 @@ _SEMITONES_FROM_C_TO_A = 9
 def _extract(audio: Audio) -> Row:
     samples = audio.mono()
     if is_silent(samples):
-        return {"mean": None, "std": None, "tuning_hz": None}
+        return FEATURE_SET.empty_row
     library = essentia()
     window, spectrum = library.Windowing(type="blackmanharris62"), library.Spectrum()
     peaks = library.SpectralPeaks(
@@ -49,7 +49,7 @@ def _extract_alternative(audio: Audio) -> Row:
 
     samples = audio.mono()
     if is_silent(samples):
-        return {"mean": None, "std": None, "tuning_hz": None}
+        return FEATURE_SET.empty_row
     spectrum = np.abs(librosa.stft(samples, n_fft=FRAME_SIZE, hop_length=HOP_SIZE))
     pitches, magnitudes = librosa.piptrack(
         S=spectrum, sr=SAMPLE_RATE, fmin=LOWEST_HZ, fmax=HIGHEST_HZ
@@ -84,10 +84,17 @@ FEATURE_SET = FeatureSet(
         Column("std", "FLOAT[12]", "Standard deviation of each pitch class, A first, 0 to 0.5"),
         Column("tuning_hz", "DOUBLE", "Frequency of the tuning tone A, 427 to 457", "Hz"),
     ),
+    licence="AGPL-3.0 (Essentia), ISC (librosa)",
+    citation=(
+        "E. Gómez, Tonal description of polyphonic audio for music content processing, "
+        "INFORMS Journal on Computing 18(3), 2006; E. Gómez, Key estimation from polyphonic "
+        "audio, MIREX 2005"
+    ),
     extract=_extract,
     extract_alternative=_extract_alternative,
     combine=_combine,
+    picture=_picture,
     headline="tuning_hz",
     plotted=("tuning_hz",),
-    picture=_picture,
+    position=50,
 )

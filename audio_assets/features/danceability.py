@@ -1,16 +1,17 @@
 """Danceability by detrended fluctuation analysis."""
 
 from collections.abc import Sequence
+from itertools import zip_longest
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from audio_assets.audio import SAMPLE_RATE, Audio
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
+from audio_assets.features.pictures import curve
 from audio_assets.features.statistics import is_silent, weighted_mean
-from audio_assets.pictures import curve
 
 _FRAME = SAMPLE_RATE // 100
 _SEGMENTS = [int(310 * 1.1**i / 10) for i in range(36)]
@@ -59,19 +60,9 @@ def _row(dfa: list[float]) -> Row:
 
 
 def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
-    known = [
-        (row["dfa_exponents"], duration)
-        for row, duration in zip(rows, durations, strict=True)
-        if row["dfa_exponents"] is not None
-    ]
-    longest = max((len(dfa) for dfa, _ in known), default=0)
-    dfa = [
-        weighted_mean(
-            [exponents[i] if i < len(exponents) else None for exponents, _ in known],
-            [duration for _, duration in known],
-        )
-        for i in range(longest)
-    ]
+    # Shorter blocks have fewer exponents.
+    by_length = zip_longest(*(row["dfa_exponents"] or [] for row in rows))
+    dfa = [weighted_mean(exponents, durations) for exponents in by_length]
     return _row([exponent for exponent in dfa if exponent is not None])
 
 
@@ -98,11 +89,18 @@ FEATURE_SET = FeatureSet(
             "low where a regular beat dominates; danceability is the inverse of their mean",
         ),
     ),
+    licence="AGPL-3.0 (Essentia), BSD-3-Clause (NumPy)",
+    citation=(
+        "S. Streich and P. Herrera, Detrended fluctuation analysis of music signals: "
+        "danceability estimation and further semantic characterization, AES 118th Convention, "
+        "2005"
+    ),
     extract=_extract,
     extract_alternative=_extract_alternative,
     combine=_combine,
+    picture=_picture,
     headline="danceability",
     plotted=("danceability",),
-    picture=_picture,
     alternative="numpy",
+    position=30,
 )

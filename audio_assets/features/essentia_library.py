@@ -8,7 +8,7 @@ from types import ModuleType
 import numpy as np
 from numpy.typing import NDArray
 
-from audio_assets.audio import Samples
+from audio_assets.audio.pcm import Samples
 
 Frames = NDArray[np.float64]
 

@@ -5,16 +5,17 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from audio_assets.audio import SAMPLE_RATE, Audio, Samples
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
+from audio_assets.features.pictures import bars
 from audio_assets.features.statistics import is_silent, weighted_mean
-from audio_assets.pictures import bars
 
 SECOND_PROFILE = "temperley"
 
 _TONICS = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
-_SHORTEST = 4096
+_FRAME_SIZE = 8192
+_NO_KEY = (None, None, None)
 
 # The alternative's key profiles from the tonic, major and minor.
 _PROFILES = {
@@ -62,14 +63,11 @@ def _extract_alternative(audio: Audio) -> Row:
     samples = audio.mono()
     if is_silent(samples):
         return _row(None, None)
+    padded = np.pad(samples, (0, max(0, _FRAME_SIZE - len(samples))))
     chroma = librosa.feature.chroma_stft(
-        y=_padded(samples), sr=SAMPLE_RATE, n_fft=8192, hop_length=4096, tuning=None
+        y=padded, sr=SAMPLE_RATE, n_fft=_FRAME_SIZE, hop_length=_FRAME_SIZE // 2, tuning=None
     ).mean(axis=1)
     return _row(_correlate(chroma, "krumhansl"), _correlate(chroma, "temperley"))
-
-
-def _padded(samples: Samples) -> Samples:
-    return np.pad(samples, (0, max(0, 2 * _SHORTEST - len(samples))))
 
 
 def _correlate(chroma: Samples, profile: str) -> tuple[str, str, float]:
@@ -84,11 +82,9 @@ def _correlate(chroma: Samples, profile: str) -> tuple[str, str, float]:
 
 
 def _row(first: tuple[str, str, float] | None, second: tuple[str, str, float] | None) -> Row:
-    # A signal without pitch correlates with nothing: Essentia then says A minor at strength 0.
-    key, scale, strength = first if first and first[2] > 0 else (None, None, None)
-    second_key, second_scale, second_strength = (
-        second if second and second[2] > 0 else (None, None, None)
-    )
+    # A signal without pitch correlates with nothing: Essentia then returns A minor, strength 0.
+    key, scale, strength = first if first and first[2] > 0 else _NO_KEY
+    second_key, second_scale, second_strength = second if second and second[2] > 0 else _NO_KEY
     return {
         "key": key,
         "scale": scale,
@@ -115,17 +111,12 @@ def _vote(
             votes[winner] += duration * row[f"{prefix}strength"]
     if not votes:
         return None
-    key, scale = max(votes, key=votes.__getitem__)
-    strength = weighted_mean(
-        (
-            row[f"{prefix}strength"]
-            if (row[f"{prefix}key"], row[f"{prefix}scale"]) == (key, scale)
-            else None
-            for row in rows
-        ),
-        durations,
+    winner = max(votes, key=votes.__getitem__)
+    strengths = (
+        row[f"{prefix}strength"] if (row[f"{prefix}key"], row[f"{prefix}scale"]) == winner else None
+        for row in rows
     )
-    return key, scale, strength or 0.0
+    return *winner, weighted_mean(strengths, durations) or 0.0
 
 
 def _picture(row: Row) -> str | None:
@@ -142,7 +133,7 @@ FEATURE_SET = FeatureSet(
     description=(
         "Musical key by correlation of the harmonic pitch class profile with key profiles "
         "(Gómez, 2006), with the profile bgate of Faraldo et al. (ECIR 2016); and by the profile "
-        "of Temperley (2001) as a second opinion. The alternative puts the profile of Krumhansl "
+        "of Temperley (1999) as a second opinion. The alternative puts the profile of Krumhansl "
         "and Kessler (1982) in the place of bgate. NULL for silence. Analysis in blocks elects "
         "the key, each block voting with its duration times its strength."
     ),
@@ -150,19 +141,24 @@ FEATURE_SET = FeatureSet(
         Column("key", "VARCHAR", "Tonic: C, C#, D, Eb, E, F, F#, G, Ab, A, Bb, B"),
         Column("scale", "VARCHAR", "major or minor"),
         Column("strength", "DOUBLE", "Correlation with the key's profile, -1 to 1"),
-        Column(
-            "camelot",
-            "VARCHAR",
-            "Place on the Camelot wheel, 1A to 12B; neighbours mix well",
-        ),
+        Column("camelot", "VARCHAR", "Place on the Camelot wheel, 1A to 12B; neighbours mix well"),
         Column("second_key", "VARCHAR", "Tonic under the second profile"),
         Column("second_scale", "VARCHAR", "Scale under the second profile"),
         Column("second_strength", "DOUBLE", "Correlation under the second profile, -1 to 1"),
     ),
+    licence="AGPL-3.0 (Essentia), ISC (librosa)",
+    citation=(
+        "E. Gómez, Tonal description of polyphonic audio for music content processing, "
+        "INFORMS Journal on Computing 18(3), 2006; Á. Faraldo, E. Gómez, S. Jordà and P. "
+        "Herrera, Key estimation in electronic dance music, ECIR 2016; D. Temperley, What's "
+        "key for key? The Krumhansl-Schmuckler key-finding algorithm reconsidered, Music "
+        "Perception 17(1), 1999"
+    ),
     extract=_extract,
     extract_alternative=_extract_alternative,
     combine=_combine,
+    picture=_picture,
     headline="key",
     plotted=("strength", "second_strength"),
-    picture=_picture,
+    position=40,
 )

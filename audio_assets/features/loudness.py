@@ -7,11 +7,11 @@ import numpy as np
 import soxr
 from numpy.typing import NDArray
 
-from audio_assets.audio import SAMPLE_RATE, Audio, Samples
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
+from audio_assets.features.pictures import bars
 from audio_assets.features.statistics import finite, is_silent, largest, weighted_mean
-from audio_assets.pictures import bars
 
 _ABSOLUTE_GATE_LUFS = -70.0
 _SILENCE_LUFS = -120.0
@@ -29,7 +29,7 @@ _CHUNK_SEGMENTS = 40
 
 def _extract(audio: Audio) -> Row:
     if is_silent(audio.pcm):
-        return _silent_row()
+        return FEATURE_SET.empty_row
     library = essentia()
     # A single channel is measured as one, as in ITU-R BS.1770 and FFmpeg's ebur128: both channels
     # carrying it would measure 3 LU more.
@@ -51,7 +51,7 @@ def _extract(audio: Audio) -> Row:
 
 def _extract_alternative(audio: Audio) -> Row:
     if is_silent(audio.pcm):
-        return _silent_row()
+        return FEATURE_SET.empty_row
     step = SAMPLE_RATE // 10
     steps = len(audio.pcm) // step
     power = sum(
@@ -205,27 +205,17 @@ def _audible(loudness: Samples | NDArray[np.float64]) -> float | None:
     return finite(peak) if peak > _SILENCE_LUFS else None
 
 
-def _silent_row() -> Row:
-    return dict.fromkeys(column.name for column in FEATURE_SET.columns)
-
-
 def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
-    integrated = weighted_mean(
-        (
-            None if row["integrated_lufs"] is None else 10 ** (row["integrated_lufs"] / 10)
-            for row in rows
-        ),
-        durations,
+    levels = [row["integrated_lufs"] for row in rows]
+    power = weighted_mean(
+        [None if level is None else 10 ** (level / 10) for level in levels], durations
     )
+    means = ("loudness_range_lu", "dynamic_complexity_db")
+    maxima = ("momentary_max_lufs", "short_term_max_lufs", "true_peak_dbtp")
     return {
-        "integrated_lufs": None if integrated is None else float(10 * np.log10(integrated)),
-        "loudness_range_lu": weighted_mean((row["loudness_range_lu"] for row in rows), durations),
-        "momentary_max_lufs": largest(row["momentary_max_lufs"] for row in rows),
-        "short_term_max_lufs": largest(row["short_term_max_lufs"] for row in rows),
-        "true_peak_dbtp": largest(row["true_peak_dbtp"] for row in rows),
-        "dynamic_complexity_db": weighted_mean(
-            (row["dynamic_complexity_db"] for row in rows), durations
-        ),
+        "integrated_lufs": None if power is None else float(10 * np.log10(power)),
+        **{name: weighted_mean((row[name] for row in rows), durations) for name in means},
+        **{name: largest(row[name] for row in rows) for name in maxima},
     }
 
 
@@ -267,11 +257,17 @@ FEATURE_SET = FeatureSet(
             "dB",
         ),
     ),
+    licence="AGPL-3.0 (Essentia), BSD-3-Clause (SciPy)",
+    citation=(
+        "EBU R 128 with EBU Tech 3341 and 3342; ITU-R BS.1770-4; S. Streich, Music "
+        "complexity, thesis, UPF Barcelona, 2007"
+    ),
     extract=_extract,
     extract_alternative=_extract_alternative,
     combine=_combine,
+    picture=_picture,
     headline="integrated_lufs",
     plotted=("integrated_lufs", "loudness_range_lu", "true_peak_dbtp", "dynamic_complexity_db"),
     alternative="scipy",
-    picture=_picture,
+    position=20,
 )

@@ -1,59 +1,35 @@
-"""Tags and technical properties, read from the file itself."""
+"""Tags, read from the file itself, and technical properties, by its decoding."""
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
+from typing import Any
 
-import mutagen
-from mutagen.mp4 import MP4FreeForm
-
-from audio_assets.audio import Audio, audio_stream, open_container
-from audio_assets.errors import DecoderError, UnsupportedFormatError
+from audio_assets.audio.errors import (
+    AudioFileError,
+    CorruptFileError,
+    DecoderError,
+    UnsupportedFormatError,
+)
+from audio_assets.audio.opening import audio_stream, open_container
+from audio_assets.audio.pcm import Audio, SourceInfo
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.statistics import finite
+from audio_assets.features.tags import (
+    COLUMNS,
+    LONGEST_TAGS,
+    MOST_TAGS,
+    NamedFile,
+    Tags,
+    read_with_mutagen,
+    tag_columns,
+    tags_of_ffmpeg,
+)
+from robustness.error_classifier import ErrorType
 
-_LONGEST_TEXT = 4096
+# Containers by FFmpeg's and libsndfile's names, where another one is usual.
+_CONTAINERS = {"mov": "mp4", "rf64": "wav", "wavex": "wav"}
 
-# Column by tag name, in the words of ID3v2, Vorbis comments, APEv2, MP4 and ASF.
-_TAG_COLUMNS = {
-    "title": "title",
-    "tit2": "title",
-    "©nam": "title",
-    "artist": "artist",
-    "tpe1": "artist",
-    "©art": "artist",
-    "author": "artist",
-    "album": "album",
-    "talb": "album",
-    "©alb": "album",
-    "wm/albumtitle": "album",
-    "album_artist": "album_artist",
-    "albumartist": "album_artist",
-    "album artist": "album_artist",
-    "tpe2": "album_artist",
-    "aart": "album_artist",
-    "wm/albumartist": "album_artist",
-    "genre": "genre",
-    "tcon": "genre",
-    "©gen": "genre",
-    "wm/genre": "genre",
-    "date": "date",
-    "tdrc": "date",
-    "tyer": "date",
-    "year": "date",
-    "©day": "date",
-    "wm/year": "date",
-    "track": "track",
-    "tracknumber": "track",
-    "trck": "track",
-    "trkn": "track",
-    "wm/tracknumber": "track",
-}
-_PICTURE_TAGS = ("metadata_block_picture", "coverart")
-_TEXT_COLUMNS = ("title", "artist", "album", "album_artist", "genre", "date", "track")
-
-# Container and codec by the class mutagen recognizes a file as; MP4 and WMA name their codec.
+# Container and codec by the class mutagen recognizes a file as; None where it may be any.
 _FORMATS = {
     "MP3": ("mp3", "mp3"),
     "OggVorbis": ("ogg", "vorbis"),
@@ -61,135 +37,143 @@ _FORMATS = {
     "OggFLAC": ("ogg", "flac"),
     "OggSpeex": ("ogg", "speex"),
     "FLAC": ("flac", "flac"),
-    "WAVE": ("wav", "pcm"),
-    "AIFF": ("aiff", "pcm"),
-    "MP4": ("mp4", "aac"),
-    "ASF": ("asf", "wma"),
+    "WAVE": ("wav", None),
+    "AIFF": ("aiff", None),
+    "MP4": ("mp4", None),
+    "ASF": ("asf", None),
     "AAC": ("aac", "aac"),
-    "AC3": ("ac3", "ac3"),
+    "AC3": ("ac3", None),
     "WavPack": ("wv", "wavpack"),
-    "Musepack": ("mpc", "musepack"),
+    "Musepack": ("mpc", None),
     "MonkeysAudio": ("ape", "ape"),
     "TrueAudio": ("tta", "tta"),
 }
 
-_AV_CONTAINERS = {"mov": "mp4"}
+_ERRORS = {
+    ErrorType.CORRUPT_FILE: CorruptFileError,
+    ErrorType.UNSUPPORTED_FORMAT: UnsupportedFormatError,
+}
 
 
 def _extract(audio: Audio) -> Row:
-    with audio.open_file() as file:
-        try:
-            parsed = mutagen.File(file)
-        except mutagen.MutagenError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise DecoderError(f"mutagen cannot read its tags: {error}") from error
-    if parsed is None:
-        raise UnsupportedFormatError("mutagen does not know its format")
-    info = parsed.info
-    container, codec = _FORMATS.get(type(parsed).__name__, (type(parsed).__name__.lower(),) * 2)
-    if container == "mp4" and not info.codec.startswith("mp4a"):
-        codec = info.codec
-    # mutagen leaves out what is the same for every Opus file.
-    sample_rate = 48000 if codec == "opus" else getattr(info, "sample_rate", None)
-    return _row(
-        audio.path,
-        {name: list(_texts(value)) for name, value in (parsed.tags or {}).items()},
-        duration_s=getattr(info, "length", None),
-        sample_rate=sample_rate,
-        channels=getattr(info, "channels", None),
-        bit_rate=getattr(info, "bitrate", None),
-        codec=codec,
-        container=container,
-    )
-
-
-def _texts(value: object) -> Iterator[str]:
-    """Yield the texts in a tag of any of mutagen's kinds; pictures and other bytes have none."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, bool | int | float):
-        yield str(value)
-    elif isinstance(value, tuple):
-        # MP4 numbers tracks as (number, total), 0 for unknown.
-        yield "/".join(str(part) for part in value if part)
-    elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)
-    elif isinstance(value, MP4FreeForm):
-        yield value.decode("utf-8", "replace")
-    elif hasattr(value, "text"):
-        yield from (str(part) for part in _as_list(value.text))
-    elif isinstance(plain := getattr(value, "value", None), str | int):
-        yield str(plain)
-
-
-def _as_list(value: object) -> list[object]:
-    return value if isinstance(value, list) else [value]
+    with NamedFile(audio.open_file()) as file:
+        parsed, tags = read_with_mutagen(file, audio.path.name)
+    return _row(audio, tags, _by_mutagen(parsed))
 
 
 def _extract_alternative(audio: Audio) -> Row:
-    with audio.open_file() as file, open_container(file) as container:
-        stream = audio_stream(container)
-        tags = {**container.metadata, **stream.metadata}
-        duration = container.duration
-        name = container.format.name.split(",")[0]
-        codec = stream.codec_context.codec.canonical_name
-        return _row(
-            audio.path,
-            {key: [value] for key, value in tags.items()},
-            duration_s=None if duration is None else duration / 1e6,
-            sample_rate=stream.codec_context.sample_rate,
-            channels=stream.codec_context.channels,
-            bit_rate=stream.bit_rate or container.bit_rate,
-            codec="pcm" if codec.startswith("pcm_") else codec,
-            container=_AV_CONTAINERS.get(name, name),
-        )
+    return _row(audio, [], {})
 
 
-def _row(
-    path: Path,
-    tags: Mapping[str, list[str]],
-    *,
-    duration_s: float | None,
-    sample_rate: int | None,
-    channels: int | None,
-    bit_rate: int | None,
-    codec: str,
-    container: str,
-) -> Row:
-    status = path.stat()
-    if not bit_rate and duration_s:
-        bit_rate = round(8 * status.st_size / duration_s)
-    row: Row = dict.fromkeys(_TEXT_COLUMNS)
-    others = {}
-    for name, values in tags.items():
-        text = "; ".join(clean for value in values if (clean := _clean(value)))
-        key = _clean(name).lower()
-        column = _TAG_COLUMNS.get(key)
-        if not text or key in _PICTURE_TAGS:
-            continue
-        if column is not None and row[column] is None:
-            row[column] = text
-        else:
-            others[key] = text
-    return row | {
-        "duration_s": finite(duration_s) if duration_s else None,
-        "sample_rate": int(sample_rate) if sample_rate else None,
-        "channels": int(channels) if channels else None,
-        "bit_rate": int(bit_rate) if bit_rate else None,
-        "codec": codec,
-        "container": container,
+def _row(audio: Audio, tags: list[Tags], by_mutagen: Row) -> Row:
+    """Return what decoding found, or else FFmpeg's demuxer, or else mutagen.
+
+    Raises
+    ------
+    AudioFileError
+        If nothing is known: why the file could not be decoded, or opened.
+    """
+    by_demuxer: Row = {}
+    error: AudioFileError | None = None
+    try:
+        by_demuxer, found = _read_with_ffmpeg(audio)
+        tags = [*tags, found]
+    except AudioFileError as failure:
+        error = failure
+    if audio.source:
+        properties = _by_decoding(audio.source)
+    else:
+        properties = {name: by_demuxer.get(name) or by_mutagen.get(name) for name in _properties()}
+    columns = tag_columns(tags)
+    known = {**columns, **properties, "container": None}  # which says nothing by itself
+    if error and all(value in (None, "{}") for value in known.values()):
+        if audio.decode_error:
+            first = audio.decode_error
+            raise _ERRORS.get(first.error_type, DecoderError)(first.message)
+        raise error
+    status = audio.path.stat()
+    if not properties["bit_rate"] and properties["duration_s"]:
+        properties["bit_rate"] = round(8 * status.st_size / properties["duration_s"])
+    return {
+        **columns,
+        **properties,
         "file_size": status.st_size,
         "mtime": datetime.fromtimestamp(status.st_mtime, UTC).replace(tzinfo=None),
-        "tags": json.dumps(others, ensure_ascii=False, sort_keys=True),
     }
 
 
-def _clean(text: str) -> str:
-    """Return text that any database takes: without NUL bytes and halves of characters."""
-    valid = text.encode("utf-8", "replace").decode("utf-8").replace("\0", " ").strip()
-    return valid[:_LONGEST_TEXT]
+def _properties(
+    duration_s: float | None = None,
+    sample_rate: float | None = None,
+    channels: int | None = None,
+    bit_rate: float | None = None,
+    codec: str | None = None,
+    container: str | None = None,
+) -> Row:
+    """Return the columns; no property of audio is 0."""
+    return {
+        "duration_s": finite(duration_s or 0) or None,
+        "sample_rate": int(sample_rate or 0) or None,
+        "channels": int(channels or 0) or None,
+        "bit_rate": round(bit_rate or 0) or None,
+        "codec": codec,
+        "container": _CONTAINERS.get(container, container) if container else None,
+    }
+
+
+def _by_decoding(source: SourceInfo) -> Row:
+    size, seconds = source.stream_bytes, source.duration_s
+    return _properties(
+        seconds,
+        source.sample_rate,
+        source.channels,
+        8 * size / seconds if size and seconds else None,
+        source.codec,
+        source.container,
+    )
+
+
+def _read_with_ffmpeg(audio: Audio) -> tuple[Row, Tags]:
+    with NamedFile(audio.open_file()) as file:
+        try:
+            with open_container(file) as container:
+                stream = audio_stream(container)
+                duration = None if container.duration is None else container.duration / 1e6
+                if stream.duration is not None and stream.time_base is not None:
+                    duration = float(stream.duration * stream.time_base)
+                codec = stream.codec_context
+                properties = _properties(
+                    duration,
+                    codec.sample_rate,
+                    codec.channels,
+                    stream.bit_rate or container.bit_rate,
+                    codec.codec.canonical_name,
+                    container.format.name.split(",")[0],
+                )
+                return properties, tags_of_ffmpeg(container.metadata, stream.metadata)
+        except (AudioFileError, MemoryError):
+            raise
+        except Exception as error:  # a reader of headers raises whatever they lead it to
+            if file.error is not None:
+                raise file.error from None
+            raise DecoderError(f"its header cannot be read ({type(error).__name__})") from error
+
+
+def _by_mutagen(parsed: Any) -> Row:
+    info = getattr(parsed, "info", None)
+    if info is None:
+        return {}
+    name = type(parsed).__name__
+    container, codec = _FORMATS.get(name, (name.lower(), None))
+    return _properties(
+        getattr(info, "length", None),
+        # mutagen leaves out what is the same for every Opus file.
+        48000 if codec == "opus" else getattr(info, "sample_rate", None),
+        getattr(info, "channels", None),
+        getattr(info, "bitrate", None),
+        codec,
+        container,
+    )
 
 
 def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
@@ -199,32 +183,37 @@ def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
 FEATURE_SET = FeatureSet(
     name="metadata",
     description=(
-        "Tags (ID3v2, Vorbis comments, APEv2, MP4, ASF) and technical properties as the file "
-        "states them. Several values of a tag are joined by '; '; pictures are left out."
+        "Tags (ID3, Vorbis comments, APEv2, MP4, ASF, RIFF INFO and others) and technical "
+        "properties of the decoded audio. Of a file that cannot be decoded, the properties are "
+        "those its headers state. Several values of a tag are joined by '; ' except in the column "
+        f"tags. Pictures are left out, and so is what goes beyond {MOST_TAGS:,} tags or "
+        f"{LONGEST_TAGS:,} characters."
     ),
     columns=(
-        Column("title", "VARCHAR", "Title"),
-        Column("artist", "VARCHAR", "Artist"),
-        Column("album", "VARCHAR", "Album"),
-        Column("album_artist", "VARCHAR", "Artist of the album"),
-        Column("genre", "VARCHAR", "Genre"),
-        Column("date", "VARCHAR", "Date or year, as tagged"),
-        Column("track", "VARCHAR", "Track number, or number/total"),
-        Column("duration_s", "DOUBLE", "Length the file states", "s"),
+        *COLUMNS,
+        Column(
+            "duration_s",
+            "DOUBLE",
+            "Length of the decoded audio; if it cannot be decoded, the length the file states",
+            "s",
+        ),
         Column("sample_rate", "INTEGER", "Sample rate", "Hz"),
         Column("channels", "INTEGER", "Number of channels"),
         Column(
             "bit_rate",
             "BIGINT",
-            "Bit rate as stated, or the file's size over its length",
+            "Bit rate of the audio alone; that of the whole file where the decoder gives no other",
             "bit/s",
         ),
-        Column("codec", "VARCHAR", "Codec, for instance mp3, vorbis, pcm"),
-        Column("container", "VARCHAR", "Container, for instance mp3, ogg, wav"),
+        Column(
+            "codec", "VARCHAR", "Codec by FFmpeg's name, for instance mp3, vorbis, aac, pcm_s16le"
+        ),
+        Column("container", "VARCHAR", "Container, for instance mp3, ogg, wav, mp4"),
         Column("file_size", "BIGINT", "Size of the file", "byte"),
         Column("mtime", "TIMESTAMP", "When the file was last modified, UTC"),
-        Column("tags", "VARCHAR", "All other tags: a JSON object of texts by lower-case name"),
     ),
+    licence="GPL-2.0-or-later (mutagen), BSD-3-Clause (PyAV)",
+    citation="None: what the file states and what decoding found",
     extract=_extract,
     extract_alternative=_extract_alternative,
     combine=_combine,
@@ -232,6 +221,8 @@ FEATURE_SET = FeatureSet(
     plotted=("duration_s", "bit_rate"),
     extractor="mutagen",
     alternative="av",
-    reads_pcm=False,
+    reads="decoding",
+    position=10,
+    code_version="2",
     kinds=frozenset({"python", "mutagen"}),
 )

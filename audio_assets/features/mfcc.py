@@ -4,11 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from audio_assets.audio import SAMPLE_RATE, Audio, Samples
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia, per_frame
+from audio_assets.features.pictures import columns
 from audio_assets.features.statistics import mean_and_std, pool_moments
-from audio_assets.pictures import columns
 
 FRAME_SIZE = 2048
 HOP_SIZE = 1024
@@ -82,10 +82,17 @@ FEATURE_SET = FeatureSet(
         ),
         Column("std", "FLOAT[13]", "Standard deviation of each coefficient, ≥ 0", "dB"),
     ),
+    licence="AGPL-3.0 (Essentia), ISC (librosa)",
+    citation=(
+        "S. Davis and P. Mermelstein, Comparison of parametric representations for "
+        "monosyllabic word recognition in continuously spoken sentences, IEEE TASSP 28(4), "
+        "1980; T. Ganchev, N. Fakotakis and G. Kokkinakis, Comparative evaluation of various "
+        "MFCC implementations on the speaker verification task, SPECOM 2005"
+    ),
     extract=_extract,
     extract_alternative=_extract_alternative,
     combine=_combine,
-    headline="mean",
-    plotted=(),
     picture=_picture,
+    headline="mean",
+    position=60,
 )

@@ -15,23 +15,19 @@ Where the package has no answer or a wrong one:
   ("rock", "guitar"). A file without sound has no tags.
 - The embedding is the mean of every patch's penultimate layer; the package gives that of the
   first patch for all of them.
-
-References
-----------
-J. Pons and X. Serra, "musicnn: Pre-trained convolutional neural networks for music audio
-tagging", ISMIR late-breaking demo, 2019.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from audio_assets.audio import Audio, Samples
+from audio_assets.audio.pcm import Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
+from audio_assets.features.pictures import bars
 from audio_assets.features.statistics import is_silent
-from audio_assets.pictures import bars
 
 SAMPLE_RATE = 16_000
 FRAME_SIZE = 512
@@ -53,7 +49,7 @@ def _extract_alternative(audio: Audio) -> Row:
 
 def _tag(audio: Audio, mel_power: MelPower) -> Row:
     # Loads onnx and onnxruntime, which only workers need.
-    from audio_assets.musicnn_network import load_network
+    from audio_assets.features.musicnn_network import load_network
 
     msd, mtt = load_network("MSD_musicnn"), load_network("MTT_musicnn")
     msd_tags, mtt_tags, embeddings = [], [], []
@@ -69,7 +65,7 @@ def _tag(audio: Audio, mel_power: MelPower) -> Row:
         embeddings.append(embedding)
         mtt_tags.append(mtt.run(log_mel)[0])
     if not embeddings:
-        return _row(None, None, None, 0)
+        return FEATURE_SET.empty_row | {"patches": 0}
     return _row(
         dict(zip(msd.tags, _mean(msd_tags), strict=True)),
         dict(zip(mtt.tags, _mean(mtt_tags), strict=True)),
@@ -79,24 +75,22 @@ def _tag(audio: Audio, mel_power: MelPower) -> Row:
 
 
 def _mean(vectors: Sequence[ArrayLike], weights: Sequence[int] | None = None) -> list[float]:
-    means: list[float] = np.average(
-        np.asarray(vectors, dtype=np.float64), axis=0, weights=weights
-    ).tolist()
-    return means
+    means = np.average(np.asarray(vectors, dtype=np.float64), axis=0, weights=weights)
+    return cast("list[float]", means.tolist())
 
 
 def _row(
-    msd_tags: dict[str, float] | None,
-    mtt_tags: dict[str, float] | None,
-    embedding: list[float] | None,
+    msd_tags: dict[str, float],
+    mtt_tags: dict[str, float],
+    embedding: list[float],
     patch_count: int,
 ) -> Row:
-    top_tags = msd_tags and sorted(msd_tags, key=msd_tags.__getitem__, reverse=True)[:TOP_TAGS]
+    top_tags = sorted(msd_tags, key=msd_tags.__getitem__, reverse=True)[:TOP_TAGS]
     return {
         "msd_tags": msd_tags,
         "mtt_tags": mtt_tags,
         "top_tags": top_tags,
-        "top_tag": top_tags and top_tags[0],
+        "top_tag": top_tags[0],
         "embedding": embedding,
         "patches": patch_count,
     }
@@ -106,7 +100,7 @@ def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
     """Average over the blocks by their numbers of patches."""
     sounding = [row for row in rows if row["patches"]]
     if not sounding:
-        return _row(None, None, None, 0)
+        return FEATURE_SET.empty_row | {"patches": 0}
     weights = [row["patches"] for row in sounding]
 
     def mean_tags(column: str) -> dict[str, float]:
@@ -248,11 +242,19 @@ FEATURE_SET = FeatureSet(
             "shorter than a patch.",
         ),
     ),
+    licence=(
+        "ISC (musicnn with its weights), MIT (ONNX Runtime), AGPL-3.0 (Essentia), ISC (librosa)"
+    ),
+    citation=(
+        "J. Pons and X. Serra, musicnn: pre-trained convolutional neural networks for music "
+        "audio tagging, ISMIR late-breaking demo, 2019"
+    ),
     extract=_extract,
     extract_alternative=_extract_alternative,
     combine=_combine,
+    picture=_picture,
     headline="top_tag",
     plotted=("patches",),
+    position=90,
     kinds=frozenset({"python", "essentia", "onnx"}),
-    picture=_picture,
 )

@@ -5,11 +5,11 @@ from itertools import accumulate, pairwise
 
 import numpy as np
 
-from audio_assets.audio import SAMPLE_RATE, Audio
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
+from audio_assets.features.pictures import curve
 from audio_assets.features.statistics import is_silent, weighted_mean
-from audio_assets.pictures import curve
 
 _HOP_SIZE = 512
 
@@ -98,10 +98,18 @@ FEATURE_SET = FeatureSet(
         Column("beats", "DOUBLE[]", "Times of the beats from the file's start", "s"),
         Column("onset_rate", "DOUBLE", "Onsets per second, ≥ 0", "1/s"),
     ),
+    licence="AGPL-3.0 (Essentia), ISC (librosa)",
+    citation=(
+        "J. R. Zapata, M. E. P. Davies and E. Gómez, Multi-feature beat tracking, IEEE/ACM "
+        "TASLP 22(4), 2014; J. P. Bello et al., A tutorial on onset detection in music "
+        "signals, IEEE TSAP 13(5), 2005; D. P. W. Ellis, Beat tracking by dynamic "
+        "programming, Journal of New Music Research 36(1), 2007"
+    ),
     extract=_extract,
     extract_alternative=_extract_alternative,
     combine=_combine,
+    picture=_picture,
     headline="bpm",
     plotted=("bpm", "beat_confidence", "onset_rate"),
-    picture=_picture,
+    position=80,
 )

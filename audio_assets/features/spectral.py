@@ -5,11 +5,11 @@ from itertools import pairwise
 
 import numpy as np
 
-from audio_assets.audio import SAMPLE_RATE, Audio, Samples
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import Frames, essentia, per_frame
+from audio_assets.features.pictures import bars
 from audio_assets.features.statistics import is_silent, mean_and_std, pool_moments
-from audio_assets.pictures import bars
 
 FRAME_SIZE = 2048
 HOP_SIZE = 1024
@@ -34,7 +34,7 @@ _SMALLEST = 1e-30
 def _extract(audio: Audio) -> Row:
     samples = audio.mono()
     if is_silent(samples):
-        return _silent_row()
+        return FEATURE_SET.empty_row
     library = essentia()
     window, spectrum = library.Windowing(), library.Spectrum()
     centroid = library.Centroid(range=_NYQUIST)
@@ -65,7 +65,7 @@ def _extract_alternative(audio: Audio) -> Row:
 
     samples = audio.mono()
     if is_silent(samples):
-        return _silent_row()
+        return FEATURE_SET.empty_row
     window = np.hanning(FRAME_SIZE)
     # Essentia scales its windows to a sum of 2.
     window *= 2 / window.sum()
@@ -107,14 +107,10 @@ def _contrast(magnitudes: Samples) -> Frames:
 def _row(frames: Frames) -> Row:
     means, stds = frames.mean(axis=0), frames.std(axis=0)
     row: Row = {}
-    for name, mean, std in zip(_SCALARS, means, stds, strict=False):
-        row[f"{name}_mean"], row[f"{name}_std"] = float(mean), float(std)
+    for i, name in enumerate(_SCALARS):
+        row[f"{name}_mean"], row[f"{name}_std"] = float(means[i]), float(stds[i])
     row["contrast_mean"], row["contrast_std"] = mean_and_std(frames[:, len(_SCALARS) :])
     return row
-
-
-def _silent_row() -> Row:
-    return dict.fromkeys(column.name for column in FEATURE_SET.columns)
 
 
 def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
@@ -135,20 +131,21 @@ def _columns() -> tuple[Column, ...]:
             "dB",
         ),
         "zero_crossing_rate": ("Share of samples at which the sign changes, 0 to 1", None),
+        "contrast": (
+            "Shape-based spectral contrast of six bands from 20 Hz to 11 kHz, -1 (flat) to 0",
+            None,
+        ),
     }
-    columns = []
-    for name in _SCALARS:
-        description, unit = described[name]
-        columns += [
-            Column(f"{name}_mean", "DOUBLE", f"{description}; mean over frames", unit),
-            Column(f"{name}_std", "DOUBLE", f"{description}; standard deviation over frames", unit),
-        ]
-    contrast = "Shape-based spectral contrast of six bands from 20 Hz to 11 kHz, -1 (flat) to 0"
-    columns += [
-        Column("contrast_mean", "FLOAT[6]", f"{contrast}; mean over frames"),
-        Column("contrast_std", "FLOAT[6]", f"{contrast}; standard deviation over frames"),
-    ]
-    return tuple(columns)
+    return tuple(
+        Column(
+            f"{name}_{short}",
+            "FLOAT[6]" if name == "contrast" else "DOUBLE",
+            f"{description}; {statistic} over frames",
+            unit,
+        )
+        for name, (description, unit) in described.items()
+        for short, statistic in (("mean", "mean"), ("std", "standard deviation"))
+    )
 
 
 def _picture(row: Row) -> str | None:
@@ -163,10 +160,19 @@ FEATURE_SET = FeatureSet(
         "1024 samples at 44.1 kHz: mean and standard deviation over the track. NULL for silence."
     ),
     columns=_columns(),
+    licence="AGPL-3.0 (Essentia), ISC (librosa)",
+    citation=(
+        "G. Peeters, A large set of audio features for sound description (similarity and "
+        "classification) in the CUIDADO project, 2004; G. Tzanetakis and P. Cook, "
+        "Multifeature audio segmentation for browsing and annotation, WASPAA 1999; V. "
+        "Akkermans, J. Serrà and P. Herrera, Shape-based spectral contrast descriptor, SMC "
+        "2009"
+    ),
     extract=_extract,
     extract_alternative=_extract_alternative,
     combine=_combine,
-    headline="centroid_mean",
     picture=_picture,
+    headline="centroid_mean",
     plotted=("centroid_mean", "rolloff_mean", "flux_mean", "flatness_mean"),
+    position=70,
 )

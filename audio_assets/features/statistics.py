@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from audio_assets.audio import Samples
+from audio_assets.audio.pcm import Samples
 from audio_assets.features.base import Row
 
 SILENCE_DBFS = -90.0
@@ -13,7 +13,7 @@ SILENCE_DBFS = -90.0
 
 
 def is_silent(samples: Samples) -> bool:
-    """Return whether no sample reaches `SILENCE_DBFS`, under the last bit of 16-bit audio."""
+    """Return whether all samples are below `SILENCE_DBFS`, the last bit of 16-bit audio."""
     threshold = 10 ** (SILENCE_DBFS / 20)
     return bool(samples.max() < threshold and samples.min() > -threshold)
 

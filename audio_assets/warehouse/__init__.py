@@ -1,4 +1,4 @@
-"""Results: rows land as Parquet parts, a publisher makes them a DuckDB database."""
+"""Results: rows are written to the landing, and published from it as a DuckDB database."""
 
 from audio_assets.features import FEATURE_SETS
 from audio_assets.settings import get_settings
@@ -9,14 +9,14 @@ from robustness.state import get_state_store
 
 
 def open_landing() -> Landing:
-    """Return the landing that the settings name."""
+    """Return the landing of the settings."""
     return Landing(get_settings().landing, warehouse_tables(FEATURE_SETS.values()))
 
 
-def publish() -> PublishResult:
-    """Publish what has landed to the database that the settings name."""
+def publish(*, rebuild: bool = False) -> PublishResult:
+    """Publish the landing to the database of the settings; see `Publisher.publish`."""
     settings = get_settings()
     publisher = Publisher(
         open_landing(), settings.warehouse, FEATURE_SETS.values(), get_state_store()
     )
-    return publisher.publish()
+    return publisher.publish(rebuild=rebuild)

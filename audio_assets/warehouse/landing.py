@@ -1,19 +1,23 @@
 """The landing: immutable Parquet parts, written atomically, durable once written.
 
-Each table of the landing is a folder of parts. A part is never changed: its name sorts by the
-time it was made, and it appears whole or not at all. Every row carries a ``row_id`` of its own
-(a UUID of version 7, RFC 9562), by which the same row is known again wherever it turns up.
+Each table of the landing is a directory of parts, and a part appears whole or not at all. Every row
+has a ``row_id``, a UUID of version 7 (RFC 9562), and so is a part's name. They order the rows of a
+key, and the last is in force. Who writes after having read gets greater ones than all that were
+read, whatever the clocks of the hosts say (a hybrid logical clock: Kulkarni et al., "Logical
+Physical Clocks", OPODIS 2014).
 
-Compaction writes the rows of several parts into one, which names in its footer the parts it
-supersedes. A part named so by another is not read any more, whether or not it has been deleted
-yet, so that the one rename that makes the merged part appear is the moment the rows move.
+Compaction merges several parts into one, whose footer names the parts it supersedes. Superseded
+parts are not read any more, deleted or not, so the rows move at the one rename that makes the
+merged part appear.
 """
 
 import json
 import logging
 import math
 import os
+import re
 import secrets
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -32,21 +36,24 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from fsspec.implementations.local import LocalFileSystem
 
-from audio_assets.warehouse.schema import Table, arrow_schema, quoted
+from audio_assets.features.base import Column
+from audio_assets.warehouse.schema import ROW_ID, Table, arrow_schema, quoted
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ROW_ID = "row_id"
-"""Column of every landed row: its UUID, ordered by the time it landed."""
-
 _PART = ".parquet"
 _MERGED = ".merged.parquet"
+# A UUID of version 7 from before the year 2527: greater ones would leave later parts no names.
+_NAME = re.compile(
+    r"0[0-9a-f]{7}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}(\.merged)?\.parquet"
+)
 _TEMPORARY = ".tmp"
 _SUPERSEDES = b"supersedes"
 _ABANDONED_AFTER_S = 3600.0
 _LISTING_TRIES = 20
+_CLOCK_TOLERANCE_S = 60.0
 
 # Parts of one size class, a factor of _FAN_IN wide, are merged once there are that many: each row
 # is rewritten once per class, and a class never holds more than _FAN_IN parts for long.
@@ -56,14 +63,14 @@ _LARGEST_PART_BYTES = 64 * 2**20
 
 
 class CorruptPartError(Exception):
-    """A part of the landing cannot be read.
+    """A part of the landing cannot be read, or is not one of its table.
 
     Parameters
     ----------
     part : str
         The part, with its table.
     reason : str
-        What the Parquet reader said.
+        The Parquet reader's error, or what does not fit.
     """
 
     def __init__(self, part: str, reason: str) -> None:
@@ -77,7 +84,7 @@ class PartVanishedError(Exception):
 
 @dataclass(frozen=True)
 class Part:
-    """Rows with a name, as they are or will be in the landing."""
+    """Rows and the name of the part that holds them, written or not."""
 
     table: str
     name: str
@@ -85,38 +92,59 @@ class Part:
 
 
 class _RowIds:
-    """UUIDs of version 7 that strictly increase within a process (RFC 9562, 6.2, method 3)."""
+    """UUIDs of version 7, each greater than all before it (RFC 9562, 6.2, method 3)."""
 
     def __init__(self) -> None:
         self._last = 0
+        self._lock = threading.Lock()
+        self._has_warned = False
 
     def next(self) -> UUID:
         """Return the next identifier: 48 bits of ms, 12 bits of its fraction, 62 random bits."""
-        nanoseconds = time.time_ns()
-        milliseconds, rest = divmod(nanoseconds, 1_000_000)
-        stamp = max((milliseconds << 12) | (rest * 4096 // 1_000_000), self._last + 1)
-        self._last = stamp
+        with self._lock:
+            self._last = stamp = max(_clock(), self._last + 1)
         value = (stamp >> 12) << 80 | 0x7 << 76 | (stamp & 0xFFF) << 64
         return UUID(int=value | 0b10 << 62 | secrets.randbits(62))
+
+    def see(self, part: str) -> None:
+        """Make all further identifiers greater than a part's; warn if the clock is behind it."""
+        value = UUID(part.partition(".")[0]).int
+        stamp = (value >> 80) << 12 | (value >> 64) & 0xFFF
+        with self._lock:
+            self._last = max(self._last, stamp)
+        behind_s = ((stamp - _clock()) >> 12) / 1000
+        if behind_s > _CLOCK_TOLERANCE_S and not self._has_warned:
+            self._has_warned = True
+            logger.warning(
+                "The clock is %.0f s behind the newest part of the landing, of %s. Later results "
+                "still replace earlier ones, but the times recorded with them are wrong",
+                behind_s,
+                written_at(part).isoformat(" ", "seconds"),
+            )
+
+
+def _clock() -> int:
+    """Return the time since the epoch in ms, times 4096."""
+    milliseconds, rest = divmod(time.time_ns(), 1_000_000)
+    return (milliseconds << 12) | (rest * 4096 // 1_000_000)
 
 
 _row_ids = _RowIds()
 
 
-def landed_at(part: str) -> datetime:
-    """Return when a part was made, which its name tells."""
+def written_at(part: str) -> datetime:
+    """Return when a part was written, according to its name."""
     return datetime.fromtimestamp((UUID(part.split(".")[0]).int >> 80) / 1000, UTC)
 
 
 class Landing:
-    """Append-only tables of Parquet parts under a folder or an object store.
+    """Append-only tables of Parquet parts in a directory or an object store.
 
     Parameters
     ----------
     root_url : str
-        Local path or fsspec URL (``s3://bucket/prefix``). Locally a part is written under a
-        temporary name, fsynced and renamed; on an object store it is put in one request, which
-        is atomic there.
+        Local path or fsspec URL (``s3://bucket/prefix``). A local part is written under a
+        temporary name, fsynced and renamed; on an object store it is put in one atomic request.
     tables : iterable of Table
         The tables, see `schema.warehouse_tables`.
     """
@@ -129,7 +157,7 @@ class Landing:
 
     @property
     def is_local(self) -> bool:
-        """Whether the parts lie on this machine's own file system."""
+        """Whether the parts are in a local file system."""
         return self._local
 
     def append(self, table: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -146,8 +174,8 @@ class Landing:
         self.save(part)
         return part.name
 
-    def prepare(self, table: str, rows: Sequence[Mapping[str, Any]]) -> "Part":
-        """Make a part of rows, to be saved; saving it again adds nothing.
+    def prepare(self, table: str, rows: Sequence[Mapping[str, Any]]) -> Part:
+        """Make a part of rows for `save`; saving it twice adds nothing.
 
         Parameters
         ----------
@@ -161,7 +189,7 @@ class Landing:
         KeyError
             If there is no such table.
         ValueError
-            If there are no rows, or a row has a column that the table has not.
+            If there are no rows, or a row has a column that the table does not.
         pyarrow.ArrowInvalid, pyarrow.ArrowTypeError
             If a value does not fit its column.
         """
@@ -176,74 +204,51 @@ class Landing:
         name = f"{_row_ids.next()}{_PART}"
         return Part(table, name, part.append_column(ROW_ID, ids))
 
-    def save(self, part: "Part") -> None:
+    def save(self, part: Part) -> None:
         """Write a part; its rows are durable when this returns.
 
         Raises
         ------
         OSError
-            If it cannot be written, or may not have been. File systems of other packages raise
-            classes of their own as well.
+            If the part was not written, or perhaps not. Object stores raise other classes as
+            well.
         """
         self._write(part.table, part.name, part.rows)
 
     def parts(self, table: str) -> list[str]:
         """Return the names of the parts that hold a table's rows, oldest first."""
-        return self._settled(lambda: self._live(table))
+        return self._consistent(lambda: self._live(table))
 
     def read_part(self, table: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
         """Return the rows of one part, with the columns it was written with.
+
+        Columns of the table have its types; a value is NULL if it does not fit its column's.
 
         Parameters
         ----------
         table, name : str
             The table and the part.
         columns : sequence of str, optional
-            Columns wanted, to which `ROW_ID` is added; those the part has not are left out. All
-            if not given.
+            Columns to read besides `ROW_ID`; those that the part does not have are left out.
+            Default: all.
 
         Raises
         ------
         PartVanishedError
             If the part has been superseded and deleted.
         CorruptPartError
-            If the part is damaged.
+            If the part is damaged, or does not fit the table.
         """
         with self._opened(table, name) as file:
             present = file.schema_arrow.names
-            # A part that has none of the columns wanted still has its rows.
             wanted = columns and [
                 name for name in dict.fromkeys([*columns, ROW_ID]) if name in present
             ]
-            return file.read(columns=wanted).replace_schema_metadata(None)
-
-    def read(self, table: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return all rows of a table, each once, in no particular order.
-
-        Parameters
-        ----------
-        table : str
-            The table.
-        columns : sequence of str, optional
-            Columns wanted, `ROW_ID` among those possible; the table's own and `ROW_ID` if not
-            given. What a part does not have is NULL for its rows.
-
-        Raises
-        ------
-        CorruptPartError
-            If a part is damaged.
-        pyarrow.ArrowTypeError
-            If a column has had types that have none in common.
-        """
-        schema = arrow_schema(self._tables[table].columns).append(pa.field(ROW_ID, pa.uuid()))
-        wanted = list(columns) if columns is not None else schema.names
-        empty = schema.empty_table().select(list(dict.fromkeys([*wanted, ROW_ID])))
-
-        def all_rows() -> pa.Table:
-            tables = [self.read_part(table, name, wanted) for name in self._live(table)]
-            return pa.concat_tables([empty, *tables], promote_options="permissive").select(wanted)
-
-        return self._settled(all_rows)
+            rows = file.read(columns=wanted).replace_schema_metadata(None)
+            for column in {ROW_ID, *self._tables[table].key} & {*rows.column_names}:
+                if rows[column].null_count:
+                    raise ValueError(f"a row has no {column}")
+            return _fitted(rows, self._tables[table].columns)
 
     def latest(
         self,
@@ -251,33 +256,30 @@ class Landing:
         columns: Collection[str] | None = None,
         where: tuple[str, Collection[str]] | None = None,
     ) -> list[dict[str, Any]]:
-        """Return the rows in force: of each key, the one that replaces the others.
+        """Return the latest row of each key.
 
-        A damaged part is left out, which is logged.
+        A damaged part is logged and left out.
 
         Parameters
         ----------
         table : str
-            A table whose rows have versions.
+            The table.
         columns : collection of str, optional
-            Columns wanted; the table's own if not given.
+            Columns to read. Default: all.
         where : (str, collection of str), optional
-            A column, and the values one of which the rows in force must have there.
+            A column, and the values of it to which the latest rows are limited.
 
         Returns
         -------
         list of dict
-            Values by column name, as `append` takes them.
+            Values by column name, as for `append`.
         """
         definition = self._tables[table]
         schema = arrow_schema(definition.columns).append(pa.field(ROW_ID, pa.uuid()))
         wanted = list(columns or (column.name for column in definition.columns))
-        filtered = [where[0]] if where else []
-        deciding = list(
-            dict.fromkeys([*definition.key, str(definition.version), *filtered, ROW_ID])
-        )
+        deciding = [*definition.key, *([where[0]] if where else [])]
 
-        def rows_in_force() -> list[dict[str, Any]]:
+        def latest_rows() -> list[dict[str, Any]]:
             parts: list[str] = []
             keys: list[pa.Table] = []
             for name in self._live(table):
@@ -287,7 +289,7 @@ class Landing:
                     parts.append(name)
             if not keys:
                 return []
-            found = _in_force(
+            found = _latest_places(
                 pa.concat_tables(keys, promote_options="permissive"), definition, where
             )
             chosen = [schema.empty_table().select([*wanted, ROW_ID])]
@@ -298,18 +300,18 @@ class Landing:
             found_rows: list[dict[str, Any]] = selected.to_pylist(maps_as_pydicts="strict")
             return found_rows
 
-        return self._settled(rows_in_force)
+        return self._consistent(latest_rows)
 
     @contextmanager
     def _left_out_if_damaged(self) -> Iterator[None]:
-        """Do without a part that is damaged, as what its rows stand for can be computed anew."""
+        """Leave a damaged part out, as its cells can be computed again."""
         try:
             yield
         except CorruptPartError as error:
-            logger.error("%s; its rows are taken not to be there", error)
+            logger.error("%s; its rows are left out", error)
 
     def supersedes(self, table: str, name: str) -> frozenset[str]:
-        """Return the names of the parts whose rows a part has taken over.
+        """Return the names of the parts that a part was merged from.
 
         Raises
         ------
@@ -320,25 +322,24 @@ class Landing:
         """
         if not name.endswith(_MERGED):
             return frozenset()
-        known = self._superseded.get((table, name))
-        if known is None:
+        if (table, name) not in self._superseded:
             with self._opened(table, name) as file:
-                known = frozenset(json.loads(file.metadata.metadata[_SUPERSEDES]))
-            self._superseded[table, name] = known
-        return known
+                self._superseded[table, name] = _sources(file)
+        return self._superseded[table, name]
 
     def compact(self, table: str, only: Collection[str] | None = None) -> list[str]:
-        """Merge parts of like size, so that their number grows with the logarithm of the rows.
+        """Merge parts of similar size, so that their number grows with the logarithm of the rows.
 
-        Readers and writers need not stop, and a crash at any point loses and doubles nothing.
-        One process compacts at a time: locally a lock sees to it, on an object store the caller.
+        Readers and writers need not stop, and a crash at any point neither loses nor duplicates
+        rows. One process compacts at a time: locally by a lock, on an object store the caller must
+        see that no other does.
 
         Parameters
         ----------
         table : str
             The table.
         only : collection of str, optional
-            Parts that may be merged; all if not given.
+            Parts that may be merged. Default: all.
 
         Returns
         -------
@@ -348,8 +349,8 @@ class Landing:
         with self._compacting(table) as alone:
             if not alone:
                 return []
-            # A superseded part must be gone before the part that says so is itself superseded.
-            # What lands from here on is not in the first listing, and so is left alone.
+            # A superseded part must be deleted before the part that supersedes it is superseded
+            # itself. Parts written from here on are not listed, and so are left alone.
             listed = self._list(table)
             live = self.parts(table)
             self._delete(table, listed - set(live))
@@ -357,13 +358,13 @@ class Landing:
             candidates = [name for name in live if only is None or name in only]
             return [
                 self._merge(table, schema, names)
-                for names in self._like_sized(table, candidates)
+                for names in self._similar_in_size(table, candidates)
                 for schema, names in self._by_schema(table, names).items()
                 if len(names) > 1
             ]
 
-    def _settled(self, read: Callable[[], T]) -> T:
-        """Return what a read returns once no compaction deletes parts under its hands."""
+    def _consistent(self, read: Callable[[], T]) -> T:
+        """Repeat a read until no compaction deletes parts during it."""
         for _ in range(_LISTING_TRIES):
             try:
                 return read()
@@ -372,16 +373,16 @@ class Landing:
         raise vanished
 
     def _live(self, table: str) -> list[str]:
-        # A listing is not a snapshot: a part that appears and another that is deleted meanwhile
-        # may both escape it. Parts are deleted only after the one that supersedes them has
-        # appeared, so what a second listing misses of the new, the first has of the old.
+        # A listing is not a snapshot: it may miss both a part that appears meanwhile and another
+        # that is deleted. Parts are deleted only after the one that supersedes them has appeared,
+        # so if the first listing misses deleted parts, the second has the part merged from them.
         listed = self._list(table) | self._list(table)
         superseded: set[str] = set()
         for name in listed:
             try:
                 superseded |= self.supersedes(table, name)
             except CorruptPartError:
-                # Its sources, where they still are, hold its rows; reading it will name it.
+                # The parts it was merged from may still exist; reading it raises the error.
                 logger.exception("%s/%s cannot be read", table, name)
         return sorted(listed - superseded)
 
@@ -392,24 +393,31 @@ class Landing:
         except FileNotFoundError:
             return set()
         names = (path.rsplit("/", 1)[-1] for path in paths)
-        return {name for name in names if name.endswith(_PART) and not name.startswith(".")}
+        parts = {name for name in names if name.endswith(_PART) and not name.startswith(".")}
+        if own := list(filter(_NAME.fullmatch, parts)):
+            _row_ids.see(max(own))
+        return parts
 
     def _path(self, table: str, name: str = "") -> str:
         return "/".join(filter(None, (self._root.rstrip("/"), table, name)))
 
     @contextmanager
     def _opened(self, table: str, name: str) -> Iterator[pq.ParquetFile]:
+        """Open and check a part; whatever its reader raises is a CorruptPartError."""
         try:
+            if not _NAME.fullmatch(name):
+                raise ValueError("its name is not a UUID of version 7")
             with pq.ParquetFile(
                 self._path(table, name), filesystem=self._fs, page_checksum_verification=True
             ) as file:
+                _check_columns(file.schema_arrow, self._tables[table])
+                if name.endswith(_MERGED):
+                    _sources(file)
                 yield file
         except FileNotFoundError as error:
             raise PartVanishedError(f"{table}/{name}") from error
-        except (pa.ArrowException, OSError) as error:
-            # What the Parquet reader says is a plain OSError without errno; what the operating
-            # system says has one, and what an object store says is a class of its own.
-            if isinstance(error, OSError) and (type(error) is not OSError or error.errno):
+        except Exception as error:
+            if _is_of_storage(error):
                 raise
             raise CorruptPartError(f"{table}/{name}", str(error)) from error
 
@@ -431,12 +439,12 @@ class Landing:
         except BaseException as error:
             temporary.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.filename is None:
-                error.filename = str(folder)  # writing says why it failed, not where
+                error.filename = str(folder)  # errors of writing do not name the file
             raise
         fsync_folder(folder)
 
-    def _like_sized(self, table: str, names: Sequence[str]) -> Iterator[list[str]]:
-        """Yield groups of parts worth merging: many of one size class, together not too large."""
+    def _similar_in_size(self, table: str, names: Sequence[str]) -> Iterator[list[str]]:
+        """Yield groups of parts to merge: many of one size class, together not too large."""
         tiers: dict[int, list[tuple[str, int]]] = defaultdict(list)
         for name in names:
             size = self._fs.size(self._path(table, name))
@@ -457,12 +465,16 @@ class Landing:
     def _by_schema(self, table: str, names: Sequence[str]) -> dict[pa.Schema, list[str]]:
         grouped: dict[pa.Schema, list[str]] = defaultdict(list)
         for name in names:
-            with self._opened(table, name) as file:
+            with self._left_out_if_damaged(), self._opened(table, name) as file:
                 grouped[file.schema_arrow.remove_metadata()].append(name)
         return grouped
 
     def _merge(self, table: str, schema: pa.Schema, names: Sequence[str]) -> str:
-        rows = pa.concat_tables([self.read_part(table, name).cast(schema) for name in names])
+        parts = []
+        for name in names:
+            with self._opened(table, name) as file:
+                parts.append(file.read().replace_schema_metadata(None).cast(schema))
+        rows = pa.concat_tables(parts)
         merged = f"{_row_ids.next()}{_MERGED}"
         footer = {_SUPERSEDES: json.dumps(names).encode()}
         self._write(table, merged, rows.replace_schema_metadata(footer))
@@ -475,7 +487,7 @@ class Landing:
                 self._fs.rm_file(self._path(table, name))
 
     def _delete_abandoned(self, table: str) -> None:
-        """Delete what writers killed in mid-write have left, once no writer can be that slow."""
+        """Delete temporary files of killed writers, once they are too old to be in use."""
         if self._local:
             for path in Path(self._path(table)).glob(f".*{_TEMPORARY}"):
                 with suppress(FileNotFoundError):
@@ -495,26 +507,92 @@ class Landing:
             yield False
 
 
+def _is_of_storage(error: Exception) -> bool:
+    """Return whether an error is one of the file system or object store, not of the reader.
+
+    The reader raises errors of Python, of its libraries, and a plain OSError without errno. The
+    operating system's errors have one; those of object stores are subclasses, or of their package.
+    """
+    if isinstance(error, OSError):
+        return type(error) is not OSError or error.errno is not None
+    package = type(error).__module__.partition(".")[0]
+    return package not in ("builtins", "json", "pyarrow", "duckdb", "_duckdb")
+
+
+def _check_columns(schema: pa.Schema, table: Table) -> None:
+    """Raise ValueError if a part has no key or row identifiers, or its types are others."""
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError("it has two columns of one name")
+    right = arrow_schema(table.columns).append(pa.field(ROW_ID, pa.uuid()))
+    for name, kind in zip(right.names, right.types, strict=True):
+        if name not in schema.names:
+            if name in (ROW_ID, *table.key):
+                raise ValueError(f"it has no column {name}")
+        elif _family(schema.field(name).type) != _family(kind):
+            raise ValueError(f"its column {name} is {schema.field(name).type}, not {kind}")
+
+
+def _family(kind: pa.DataType) -> str:
+    """Return the same text for types of which one can be cast to the other."""
+    if pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind):
+        return f"list of {_family(kind.value_type)}"
+    if pa.types.is_map(kind):
+        return f"map from {_family(kind.key_type)} to {_family(kind.item_type)}"
+    if pa.types.is_temporal(kind):
+        return "time"
+    is_number = pa.types.is_integer(kind) or pa.types.is_floating(kind)
+    return "number" if is_number else str(kind)
+
+
+def _sources(file: pq.ParquetFile) -> frozenset[str]:
+    """Return the names of the parts that a part was merged from."""
+    names = json.loads((file.metadata.metadata or {}).get(_SUPERSEDES, "null"))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError("its footer does not name the parts that it was merged from")
+    return frozenset(names)
+
+
+def _fitted(rows: pa.Table, columns: Iterable[Column]) -> pa.Table:
+    """Return rows with the types of a table's columns; a value is NULL if it does not fit."""
+    right = arrow_schema(tuple(columns))
+    wrong = [
+        column
+        for column in columns
+        if column.name in rows.column_names
+        and rows.schema.field(column.name).type != right.field(column.name).type
+    ]
+    if not wrong:
+        return rows
+    selected = ", ".join(f"TRY_CAST({quoted(c.name)} AS {c.type})" for c in wrong)
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone = 'UTC'")
+        connection.register("part_rows", rows.select([column.name for column in wrong]))
+        cast = connection.sql(f"SELECT {selected} FROM part_rows").to_arrow_table()
+    for column, values in zip(wrong, cast.columns, strict=True):
+        place = rows.schema.get_field_index(column.name)
+        rows = rows.set_column(place, column.name, values)
+    return rows
+
+
 def _with_position(rows: pa.Table, part: int) -> pa.Table:
-    """Return the rows with two more columns: the number of their part, their place in it."""
+    """Add two columns: the number of the rows' part, and each row's place in it."""
     rows = rows.append_column("part", pa.repeat(pa.scalar(part, pa.int32()), rows.num_rows))
     return rows.append_column("place", pa.array(range(rows.num_rows), pa.int64()))
 
 
-def _in_force(
+def _latest_places(
     rows: pa.Table, table: Table, where: tuple[str, Collection[str]] | None
 ) -> dict[int, list[int]]:
-    """Return the places of the rows in force, by part."""
+    """Return the places of the latest row of each key, by part."""
     key = ", ".join(map(quoted, table.key))
     with duckdb.connect() as connection:
-        connection.register("landed", rows)
+        connection.register("written", rows)
         found = connection.execute(
             f"""
             SELECT part, list(place ORDER BY place) FROM (
-                SELECT * FROM landed
+                SELECT * FROM written
                 QUALIFY row_number() OVER (
-                    PARTITION BY {key}
-                    ORDER BY {quoted(str(table.version))} DESC NULLS LAST, {ROW_ID} DESC
+                    PARTITION BY {key} ORDER BY {ROW_ID} DESC
                 ) = 1
             )
             WHERE {f"list_contains(?, {quoted(where[0])})" if where else "true"}
@@ -534,7 +612,7 @@ def _make_durable_folder(folder: Path) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
+    """Make the names in a directory durable."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

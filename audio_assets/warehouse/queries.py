@@ -1,4 +1,4 @@
-"""Asking the warehouse: any SQL, and how things stand."""
+"""Query the warehouse: any SQL, and its status."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,29 +10,46 @@ import duckdb
 import pandas as pd
 from duckdb import DuckDBPyConnection
 
-from audio_assets.warehouse.publisher import reading
+from audio_assets.warehouse.database import reading
+
+# The database is open already. `enable_external_access` alone lets it be opened again, to write.
+_SANDBOX = """
+SET temp_directory = '';
+SET enable_external_access = false;
+SET disabled_filesystems = 'LocalFileSystem';
+SET autoinstall_known_extensions = false;
+SET autoload_known_extensions = false;
+SET lock_configuration = true
+"""
+
+_DAMAGE = (
+    duckdb.IOException,
+    duckdb.SerializationException,
+    duckdb.InternalException,
+    duckdb.FatalException,
+)
 
 
 class QueryError(Exception):
-    """A query has no answer; the message says why, for a user to read."""
+    """A query failed; the message explains why to the user."""
 
 
 @dataclass
 class Status:
-    """How things stand in the version of the database that is in place.
+    """Status of the present version of the database.
 
     Parameters
     ----------
     version : int
         Its number.
     published_at : datetime
-        When it was made.
+        When it was published.
     files, gone : int
         Files in the library, and files that have left it.
     runs : pandas.DataFrame
         The latest runs, newest first, as in ``robustness.runs``.
     missing : pandas.DataFrame
-        Cells that are not there by feature_set and reason, with their number, most first.
+        Number of files with missing cells by reason, most first, and the feature_sets.
     """
 
     version: int
@@ -44,7 +61,10 @@ class Status:
 
 
 def query(warehouse_path: Path, sql: str) -> pd.DataFrame:
-    """Run a query on the database, without keeping anyone from publishing the next version.
+    """Run a query on the database, without blocking publication.
+
+    It reaches the tables of the database and what it makes in memory: no other file, no network,
+    no extension, and no way to write to the database.
 
     Parameters
     ----------
@@ -56,23 +76,24 @@ def query(warehouse_path: Path, sql: str) -> pd.DataFrame:
     Raises
     ------
     QueryError
-        If there is no database yet, it cannot be opened, or the SQL is wrong.
+        If there is no database yet, it cannot be read, or the SQL is wrong or not allowed.
     """
     with _opened(warehouse_path) as connection:
+        connection.execute(_SANDBOX)
         if not connection.extract_statements(sql):
             raise QueryError("There is no SQL to run.")
         return connection.execute(sql).df()
 
 
 def status(warehouse_path: Path, runs: int = 5) -> Status:
-    """Return how things stand, all from one version of the database.
+    """Return the status, all from one version of the database.
 
     Parameters
     ----------
     warehouse_path : Path
         The database file.
     runs : int
-        Number of runs to name.
+        Number of runs to return.
 
     Raises
     ------
@@ -80,11 +101,14 @@ def status(warehouse_path: Path, runs: int = 5) -> Status:
         If there is no database yet, or it cannot be opened.
     """
     with _opened(warehouse_path) as connection:
-        version, published_at, files, gone = connection.execute(
-            "SELECT version, published_at, "
-            "(SELECT count(*) FROM library.files WHERE NOT gone), "
-            "(SELECT count(*) FROM library.files WHERE gone) FROM publishing.version"
-        ).fetchall()[0]
+        try:
+            [(version, published_at, files, gone)] = connection.execute(
+                "SELECT version, published_at, "
+                "(SELECT count(*) FROM library.files WHERE NOT gone), "
+                "(SELECT count(*) FROM library.files WHERE gone) FROM publishing.version"
+            ).fetchall()
+        except (duckdb.CatalogException, ValueError) as error:
+            raise _damaged(warehouse_path, error) from error
         return Status(
             version=version,
             published_at=published_at,
@@ -94,8 +118,9 @@ def status(warehouse_path: Path, runs: int = 5) -> Status:
                 "SELECT * FROM robustness.runs ORDER BY started_at DESC LIMIT ?", [runs]
             ).df(),
             missing=connection.execute(
-                "SELECT feature_set, reason, count(*) AS cells FROM features.missing "
-                "GROUP BY ALL ORDER BY cells DESC, feature_set, reason"
+                "SELECT reason, count(DISTINCT file_key) AS files, "
+                "string_agg(DISTINCT feature_set, ', ' ORDER BY feature_set) AS feature_sets "
+                "FROM features.missing GROUP BY reason ORDER BY files DESC, reason"
             ).df(),
         )
 
@@ -108,4 +133,14 @@ def _opened(warehouse_path: Path) -> Iterator[DuckDBPyConnection]:
         with reading(warehouse_path) as connection:
             yield connection
     except duckdb.Error as error:
+        # A checksum that is wrong is a plain Error.
+        if type(error) is duckdb.Error or isinstance(error, _DAMAGE):
+            raise _damaged(warehouse_path, error) from error
         raise QueryError(str(error)) from error
+
+
+def _damaged(warehouse_path: Path, error: Exception) -> QueryError:
+    return QueryError(
+        f"{warehouse_path} cannot be read; `audio-assets publish --rebuild` makes it anew from the "
+        f"landing. {error}"
+    )

@@ -1,15 +1,15 @@
-"""The statistics of the robustness tables, computed in SQL from the attempts of the runs touched.
+"""Statistics of the robustness tables, computed in SQL from the attempts.
 
-Each statement reads the temporary table ``touched`` (run_id) and recomputes these runs whole, so
-that what it costs does not grow with the runs before them.
+Each statement recomputes the runs in the temporary table ``touched`` (run_id), so that its cost
+does not grow with the number of earlier runs.
 """
 
 from duckdb import DuckDBPyConnection
 
 from audio_assets.warehouse.schema import ERRORS, FEATURE_STATS, RETRIES, TIMEOUTS, Table
 
-# What ran: cells put off, given up, quarantined or reused leave records of attempts that never ran.
-# `nth` counts a cell's attempts across the retries of its step, which number them afresh.
+# Attempts that ran: cells deferred, given up, quarantined or reused leave records of attempts too.
+# `nth` counts a cell's attempts across retries of its step, each of which numbers them from 1.
 _WORKING_TABLES = """
 CREATE OR REPLACE TEMP TABLE tried AS
 SELECT *, row_number() OVER (PARTITION BY run_id, feature_set, file_key ORDER BY row_id) AS nth
@@ -40,6 +40,7 @@ UPDATE robustness.runs
 SET files = figures.files,
     cells_done = figures.done,
     cells_failed = figures.failed,
+    cells_quarantined = figures.quarantined,
     cells_skipped = figures.skipped,
     cells_reused = figures.reused,
     success_rate = figures.done / nullif(figures.done + figures.failed, 0),
@@ -57,6 +58,7 @@ FROM (
             count(DISTINCT file_key) AS files,
             count(*) FILTER (outcome = 'succeeded') AS done,
             count(*) FILTER (outcome IN ('failed', 'given_up')) AS failed,
+            count(*) FILTER (outcome = 'quarantined') AS quarantined,
             count(*) FILTER (outcome IN ('deferred', 'skipped')) AS skipped,
             count(*) FILTER (outcome = 'reused') AS reused,
             count(*) FILTER (outcome = 'succeeded' AND stumbled) AS recovered
@@ -146,7 +148,10 @@ FROM (
     WHERE nth > 1
     GROUP BY ALL
 )
-LEFT JOIN robustness.retry_parameters USING (run_id, strategy)
+LEFT JOIN (
+    SELECT run_id, strategy, avg(base_delay) AS base_delay, avg(multiplier) AS multiplier
+    FROM robustness.retry_parameters GROUP BY ALL
+) USING (run_id, strategy)
 """
 
 _BY_TABLE: dict[Table, str] = {
@@ -157,7 +162,7 @@ _BY_TABLE: dict[Table, str] = {
 }
 
 ROLLUP_SQL = (_WORKING_TABLES, _RUNS, *_BY_TABLE.values())
-"""Every statement; where one changes, all runs are computed again."""
+"""Every statement; if one changes, the statistics of all runs are computed again."""
 
 
 def compute_rollups(connection: DuckDBPyConnection) -> None:

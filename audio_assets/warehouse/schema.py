@@ -7,7 +7,12 @@ from functools import cache
 import duckdb
 import pyarrow as pa
 
-from audio_assets.features.base import Column, FeatureSet
+from audio_assets.features.base import COMMON_COLUMNS, Column, FeatureSet
+
+ROW_ID = "row_id"
+"""Column of every row in the landing: a UUID that is greater than those of all earlier rows."""
+
+ROW_ID_COLUMN = Column(ROW_ID, "UUID", "The row, ordered by when it was written")
 
 
 @dataclass(frozen=True)
@@ -21,14 +26,11 @@ class Table:
     description : str
         What one row is.
     columns : tuple of Column
-        The columns that land, in order; empty where nothing lands.
+        The columns in the landing, in order; empty if the table is not in the landing.
     key : tuple of str
-        Columns that tell rows apart. Where `version` is given, a later row of a key replaces an
-        earlier one; where not, every landed row is a fact of its own and stays.
-    version : str, optional
-        Column that orders the rows of one key; the greatest wins, at a tie the later landed.
+        Columns that identify a row; of the rows of one key the one written last is published.
     computed : tuple of Column
-        Columns that publishing fills in, after those that land.
+        Columns that publishing fills in, after those of the landing.
     """
 
     schema: str
@@ -36,7 +38,6 @@ class Table:
     description: str
     columns: tuple[Column, ...]
     key: tuple[str, ...]
-    version: str | None = None
     computed: tuple[Column, ...] = ()
 
     @property
@@ -52,7 +53,8 @@ class Table:
     @property
     def all_columns(self) -> tuple[Column, ...]:
         """The columns of the table in DuckDB."""
-        return self.columns + self.computed
+        written = (*self.columns, ROW_ID_COLUMN) if self.columns else ()
+        return written + self.computed
 
 
 def quoted(identifier: str) -> str:
@@ -67,10 +69,7 @@ def literal(text: str) -> str:
 
 @cache
 def arrow_schema(columns: tuple[Column, ...]) -> pa.Schema:
-    """Return the Arrow schema of columns given by their DuckDB types.
-
-    DuckDB itself says which Arrow type each of its types is, so that the landing's types and the
-    database's cannot drift apart.
+    """Return the Arrow schema of columns, with the Arrow types that DuckDB converts theirs to.
 
     Parameters
     ----------
@@ -89,16 +88,6 @@ def arrow_schema(columns: tuple[Column, ...]) -> pa.Schema:
     return schema
 
 
-COMMON_COLUMNS = (
-    Column("file_key", "VARCHAR", "The file: name of its root and path below it, escaped"),
-    Column("content_hash", "VARCHAR", "Hash of the file's content when the row was computed"),
-    Column("extractor", "VARCHAR", "Library that made the row"),
-    Column("computed_at", "TIMESTAMPTZ", "When the row was computed, or taken from a copy's"),
-    Column("run_id", "VARCHAR", "Dagster run that computed the row, or took it from a copy's"),
-    Column("code_version", "VARCHAR", "Version of the feature set's code"),
-)
-"""What every feature table carries before its own columns."""
-
 FILES = Table(
     "library",
     "files",
@@ -114,7 +103,6 @@ FILES = Table(
         Column("gone", "BOOLEAN", "Whether the file has left the library"),
     ),
     key=("file_key",),
-    version="seen_at",
 )
 
 ATTEMPTS = Table(
@@ -133,24 +121,24 @@ ATTEMPTS = Table(
         Column(
             "outcome",
             "VARCHAR",
-            "succeeded, failed, deferred (it waits), given_up (it waited too long, or the file "
-            "with the same content failed), skipped (quarantined, or not to be read) or reused "
-            "(unchanged since an earlier run)",
+            "succeeded, failed, deferred (to be tried later), given_up (deferred for too long, or "
+            "the file with the same content failed), skipped (cannot be read), quarantined (not "
+            "tried again, as its file is at fault) or reused (unchanged since an earlier run)",
         ),
         Column("error_type", "VARCHAR", "Classified error; NULL if none"),
         Column("severity", "VARCHAR", "low, medium, high or critical; NULL if no error"),
         Column("exception_type", "VARCHAR", "Class of the exception; NULL if no error"),
-        Column("message", "VARCHAR", "What went wrong, or why nothing was done"),
+        Column("message", "VARCHAR", "The error, or why the cell was not computed"),
         Column(
             "recovery_strategy",
             "VARCHAR",
-            "What was tried next in answer to this failure; NULL if there was none or nothing to",
+            "Recovery used by the next attempt; NULL if there was no failure or no recovery",
         ),
         Column("recovered", "BOOLEAN", "Whether it succeeded after a failed attempt"),
         Column(
             "retry_strategy",
             "VARCHAR",
-            "What set the wait before this attempt; NULL for a first attempt or no wait",
+            "Strategy that set the wait before this attempt; NULL for a first attempt or no wait",
         ),
         Column("retry_delay_s", "DOUBLE", "Wait before this attempt", "s"),
         Column("extractor", "VARCHAR", "Library that ran"),
@@ -174,8 +162,7 @@ ATTEMPTS = Table(
         Column("started_at", "TIMESTAMPTZ", "When the attempt began"),
         Column("content_hash", "VARCHAR", "Hash of the file's content"),
     ),
-    key=("row_id",),
-    computed=(Column("row_id", "UUID", "The attempt, ordered by when it was recorded"),),
+    key=(ROW_ID,),
 )
 
 RUNS = Table(
@@ -188,20 +175,20 @@ RUNS = Table(
         Column("started_at", "TIMESTAMPTZ", "When it began"),
         Column("ended_at", "TIMESTAMPTZ", "When it ended; NULL while it runs"),
         Column("status", "VARCHAR", "Dagster's run status, lower case"),
-        Column("recorded_at", "TIMESTAMPTZ", "When this was recorded"),
+        Column("recorded_at", "TIMESTAMPTZ", "When its end was recorded; NULL while it runs"),
     ),
     key=("run_id",),
-    version="recorded_at",
     computed=(
         Column("files", "BIGINT", "Files with at least one attempt"),
         Column("cells_done", "BIGINT", "Cells computed"),
-        Column("cells_failed", "BIGINT", "Cells whose last attempt failed"),
-        Column("cells_skipped", "BIGINT", "Cells put off or quarantined"),
+        Column("cells_failed", "BIGINT", "Cells that failed for another reason than their file"),
+        Column("cells_quarantined", "BIGINT", "Cells that cannot be computed from their file"),
+        Column("cells_skipped", "BIGINT", "Cells deferred, or of files that cannot be read"),
         Column("cells_reused", "BIGINT", "Cells unchanged since an earlier run"),
-        Column("success_rate", "DOUBLE", "Done of done and failed, 0 to 1"),
+        Column("success_rate", "DOUBLE", "Cells done of those done and failed, 0 to 1"),
         Column("retries", "BIGINT", "Attempts after a cell's first"),
         Column("recovered_cells", "BIGINT", "Cells done after a failed attempt"),
-        Column("fault_seconds", "DOUBLE", "Failed attempts and the waits after them", "s"),
+        Column("fault_seconds", "DOUBLE", "Failed attempts and the delays after them", "s"),
         Column("audio_seconds", "DOUBLE", "Audio of the files with a cell done", "s"),
         Column(
             "audio_seconds_per_second",
@@ -224,7 +211,7 @@ CIRCUIT_BREAKERS = Table(
         Column("forced", "VARCHAR", "State set by hand; NULL if none"),
         Column("failure_count", "BIGINT", "Failures counted"),
         Column("success_count", "BIGINT", "Successes counted"),
-        Column("ignored_count", "BIGINT", "Failures that were the file's own fault"),
+        Column("ignored_count", "BIGINT", "Failures caused by the file itself"),
         Column("consecutive_failures", "BIGINT", "Failures since the last success"),
         Column("opened_at", "TIMESTAMPTZ", "When it last opened"),
         Column("last_failure_at", "TIMESTAMPTZ", "When it last counted a failure"),
@@ -233,7 +220,6 @@ CIRCUIT_BREAKERS = Table(
         Column("seen_at", "TIMESTAMPTZ", "When this was read from the state store"),
     ),
     key=("run_id", "name"),
-    version="seen_at",
 )
 
 BREAKER_TRANSITIONS = Table(
@@ -250,22 +236,21 @@ BREAKER_TRANSITIONS = Table(
         Column("seen_at", "TIMESTAMPTZ", "When this was read from the state store"),
     ),
     key=("name", "at", "from_state", "to_state"),
-    version="seen_at",
 )
 
 RETRY_PARAMETERS = Table(
     "robustness",
     "retry_parameters",
-    "One row per run and retry strategy: its parameters when the run was last published",
+    "One row per run, retry strategy and operation: the parameters when the run was last published",
     (
         Column("run_id", "VARCHAR", "Dagster run"),
         Column("strategy", "VARCHAR", "Retry strategy"),
+        Column("operation", "VARCHAR", "Feature set, or another operation; empty for none"),
         Column("base_delay", "DOUBLE", "First delay", "s"),
         Column("multiplier", "DOUBLE", "Growth of the delay per attempt"),
         Column("seen_at", "TIMESTAMPTZ", "When this was read from the state store"),
     ),
-    key=("run_id", "strategy"),
-    version="seen_at",
+    key=("run_id", "strategy", "operation"),
 )
 
 FEATURE_STATS = Table(
@@ -305,8 +290,8 @@ ERRORS = Table(
         Column("severity", "VARCHAR", "low, medium, high or critical"),
         Column("count", "BIGINT", "Failed attempts"),
         Column("example_file", "VARCHAR", "The first file it happened to"),
-        Column("example_message", "VARCHAR", "What was said of that file"),
-        Column("recovery_strategies", "VARCHAR[]", "What was decided in answer, each once"),
+        Column("example_message", "VARCHAR", "Message of that failure"),
+        Column("recovery_strategies", "VARCHAR[]", "Recoveries used, each once"),
         Column("recovered", "BIGINT", "Failed attempts whose cell succeeded later in the run"),
     ),
 )
@@ -337,12 +322,12 @@ RETRIES = Table(
     key=("run_id", "strategy"),
     computed=(
         Column("run_id", "VARCHAR", "Dagster run"),
-        Column("strategy", "VARCHAR", "Retry strategy; 'immediate' where nothing was waited for"),
+        Column("strategy", "VARCHAR", "Retry strategy; 'immediate' if there was no wait"),
         Column("cells", "BIGINT", "Cells retried"),
         Column("attempts", "BIGINT", "Attempts after a cell's first"),
-        Column("success_rate", "DOUBLE", "Retried cells that succeeded in the end, 0 to 1"),
+        Column("success_rate", "DOUBLE", "Retried cells that succeeded, 0 to 1"),
         Column("mean_total_s", "DOUBLE", "Mean time of these attempts and waits per cell", "s"),
-        Column("base_delay_s", "DOUBLE", "First delay in force", "s"),
+        Column("base_delay_s", "DOUBLE", "First delay in force, mean over operations", "s"),
         Column("multiplier", "DOUBLE", "Growth of the delay in force"),
     ),
 )
@@ -354,11 +339,11 @@ QUARANTINE = Table(
     (),
     key=("content_hash", "feature_set"),
     computed=(
-        Column("content_hash", "VARCHAR", "Content that failed for its own fault"),
+        Column("content_hash", "VARCHAR", "Hash of the content that failed"),
         Column("feature_set", "VARCHAR", "The feature set"),
         Column("file_key", "VARCHAR", "The file that held it"),
         Column("error_type", "VARCHAR", "Classified error"),
-        Column("reason", "VARCHAR", "What was wrong"),
+        Column("reason", "VARCHAR", "Why it failed"),
         Column("first_failed_at", "TIMESTAMPTZ", "When it first failed"),
         Column("last_failed_at", "TIMESTAMPTZ", "When it last failed"),
         Column("attempts", "BIGINT", "Attempts so far"),
@@ -383,15 +368,12 @@ FIXED_TABLES = (
 
 def feature_table(feature_set: FeatureSet) -> Table:
     """Return the table of a feature set: the common columns, then its own."""
-    common = {column.name for column in COMMON_COLUMNS}
-    own = tuple(column for column in feature_set.columns if column.name not in common)
     return Table(
         "features",
         feature_set.name,
         f"One row per file. {feature_set.description}",
-        COMMON_COLUMNS + own,
+        COMMON_COLUMNS + tuple(feature_set.columns),
         key=("file_key",),
-        version="computed_at",
     )
 
 

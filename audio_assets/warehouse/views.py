@@ -1,4 +1,4 @@
-"""The views of the warehouse: what is known of each track, and what is not there and why."""
+"""The views of the warehouse: tracks with their features, and missing cells with reasons."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ _FROM_METADATA = ("title", "artist", "duration_s")
 
 
 def tracks_view(feature_sets: Sequence[FeatureSet]) -> str:
-    """Return the statement that makes ``features.tracks``."""
+    """Return the statement that creates ``features.tracks``."""
     tables = [feature_table(feature_set).sql_name for feature_set in feature_sets]
     selected = [
         f"{quoted(feature_set)}.{quoted(column)} AS {quoted(name)}"
@@ -33,10 +33,10 @@ def tracks_view(feature_sets: Sequence[FeatureSet]) -> str:
 
 
 def headlines(feature_sets: Sequence[FeatureSet]) -> dict[str, tuple[str, str]]:
-    """Return what ``features.tracks`` shows: its column, the feature set and column behind it.
+    """Return the feature set and column that each column of ``features.tracks`` shows.
 
-    Title, artist and duration come first. A headline whose name is a column of other feature sets
-    too bears its feature set's name before it: ``mfcc_mean``.
+    Title, artist and duration come first. A headline is prefixed by its feature set's name if other
+    feature sets have a column of that name: ``mfcc_mean``.
     """
     named = Counter(column.name for feature_set in feature_sets for column in feature_set.columns)
     shown = {
@@ -58,7 +58,7 @@ def headlines(feature_sets: Sequence[FeatureSet]) -> dict[str, tuple[str, str]]:
 
 
 def headline_columns(feature_sets: Sequence[FeatureSet]) -> dict[str, Column]:
-    """Return the definitions of the columns that ``features.tracks`` takes over."""
+    """Return the definitions of the columns of feature sets in ``features.tracks``."""
     defined = {
         (feature_set.name, column.name): column
         for feature_set in feature_sets
@@ -68,7 +68,7 @@ def headline_columns(feature_sets: Sequence[FeatureSet]) -> dict[str, Column]:
 
 
 def missing_view(feature_sets: Sequence[FeatureSet]) -> str:
-    """Return the statement that makes ``features.missing``."""
+    """Return the statement that creates ``features.missing``."""
     names = ", ".join(f"({literal(feature_set.name)})" for feature_set in feature_sets)
     rows = " UNION ALL ".join(
         f"SELECT file_key, {literal(feature_set.name)} AS feature_set, content_hash "
@@ -90,12 +90,13 @@ def missing_view(feature_sets: Sequence[FeatureSet]) -> str:
         SELECT
             file_key, feature_set,
             CASE
-                WHEN outcome IN ('failed', 'given_up', 'deferred', 'skipped')
+                WHEN outcome IN ('failed', 'given_up', 'deferred', 'skipped', 'quarantined')
                     THEN coalesce(message, outcome)
                 WHEN present.file_key IS NOT NULL THEN 'the file has changed since'
                 WHEN outcome IS NULL THEN 'never attempted'
                 ELSE 'its row is not in the landing'
             END AS reason,
+            last.outcome,
             last.error_type,
             last.started_at AS last_attempt
         FROM library.files AS files

@@ -1,29 +1,18 @@
-"""Dagster's webserver and daemon as `make dev` runs them, and a browser that looks at them."""
+"""A browser that looks at what `make dev` runs."""
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import mutagen
 import numpy as np
-import psutil
 import pytest
 import soundfile
 from playwright.sync_api import Browser, Dialog, Page, Playwright, expect, sync_playwright
 
-from tests.conftest import PROJECT, Home, make_home
-
-PATIENCE_S = 240.0
-"""How long to wait for what needs a daemon's tick, a run or a page on a busy machine (s)."""
+from tests.conftest import make_home
+from tests.dagster_dev import Deployment, running
 
 SAMPLE_RATE = 22050
 
@@ -34,30 +23,6 @@ SOUND = (
 )
 FAULTY = ("text.mp3", "<svg onload=alert(2)> [x](javascript:alert(3)) `|`.mp3")
 TITLE = "<img src=x onerror=alert(4)>'; DROP TABLE y; --"
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """A running `dagster dev`, its home and its library."""
-
-    url: str
-    home: Home
-    library: Path
-    process: psutil.Process
-
-    def key(self, file_name: str) -> str:
-        """Return a file's partition key."""
-        from audio_assets.file_keys import encode_key
-
-        return encode_key(self.library.name, os.fsencode(file_name))
-
-
-def wait_until(condition: Callable[[], object], what: str, timeout: float = PATIENCE_S) -> None:
-    """Wait for what no element of a page shows."""
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, f"in vain: {what}"
-        time.sleep(0.2)
 
 
 def clicks(seconds: float, seed: int = 0) -> np.ndarray:
@@ -88,52 +53,6 @@ def deployment(tmp_path_factory: pytest.TempPathFactory, browser: Browser) -> It
     assert done.returncode == 0, done.stdout + done.stderr
     with running(home, library, directory / "dagster_dev.log") as deployment:
         yield deployment
-
-
-@contextmanager
-def running(home: Home, library: Path, log: Path) -> Iterator[Deployment]:
-    """Run what `make dev` runs, at a port of its own."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with log.open("w") as output:
-        dev = psutil.Popen(
-            [
-                *(sys.executable, "-m", "dagster", "dev"),
-                *("--workspace", "workspace.yaml", "--host", "127.0.0.1", "--port", str(port)),
-            ],
-            env=home.environment({"AUDIO_ASSETS_WORKERS": "2"}),
-            cwd=PROJECT,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        wait_until(lambda: answers(f"{url}/server_info") or not dev.is_running(), "dagster dev")
-        assert dev.is_running(), log.read_text()
-        yield Deployment(url, home, library, dev)
-    finally:
-        stop(dev)
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5):
-            return True
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def stop(process: psutil.Popen) -> None:
-    """Stop a process as Ctrl-C does, and whatever it leaves behind."""
-    family = [process, *process.children(recursive=True)]
-    process.send_signal(2)
-    _, alive = psutil.wait_procs(family, timeout=20)
-    for left in alive:
-        left.kill()
-    psutil.wait_procs(alive, timeout=10)
 
 
 @pytest.fixture(scope="package")

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect, sync_playwright
 
-from audio_assets.sample_library import make_sample_library
-from tests.browser.conftest import Deployment, find_chromium, launch, running
+from audio_assets.cli.sample_library import make_sample_library
+from tests.browser.conftest import find_chromium, launch
 from tests.conftest import PROJECT, make_home
+from tests.dagster_dev import Deployment, running
 
 IMAGES = PROJECT / "docs" / "images"
 
@@ -51,7 +52,7 @@ def take_pictures(page: Page, deployment: Deployment, faulty: list[str]) -> None
     page.goto("/assets/features/chroma?view=partitions")
     page.get_by_title(deployment.key(faulty[0]), exact=True).first.click()
     page.get_by_role("button", name="View all historical events").click()
-    dialog = page.get_by_role("dialog")
+    dialog = page.locator("[role=dialog]:not(.dagster-popover)")
     dialog.get_by_role("cell", name=deployment.key(faulty[0])).click()
     expect(dialog.get_by_text("what_to_do")).to_be_visible()
     save(page, "failed")

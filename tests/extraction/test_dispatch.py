@@ -6,13 +6,14 @@ from typing import cast
 
 import pytest
 
+from audio_assets.audio.pcm import SourceInfo
 from audio_assets.extraction.cells import FileWork, StageState
 from audio_assets.extraction.dispatch import Dispatcher
 from audio_assets.extraction.recovery import AttemptOptions
-from audio_assets.extraction.results import Flight
+from audio_assets.extraction.results import Attempt
 from audio_assets.extraction.scratch import Scratch
-from audio_assets.extraction.worker import Identity
-from audio_assets.library import FileStamp, Library
+from audio_assets.library.files import FileStamp, Identity
+from audio_assets.library.scan import Library
 from robustness.circuit_breaker import get_circuit_breaker
 from robustness.worker_pool import TaskSource, WorkerPool, WorkerTask
 from tests import faults
@@ -75,9 +76,9 @@ def file(name: str, *, is_decoded: bool = True) -> FileWork:
 
 def conclude(dispatcher: Dispatcher, *, state: StageState = StageState.DONE) -> None:
     """Take in the next end as the engine does."""
-    flight = dispatcher.ends.get_nowait()
-    assert isinstance(flight, Flight)
-    flight.stage.state = state
+    attempt = dispatcher.ends.get_nowait()
+    assert isinstance(attempt, Attempt)
+    attempt.stage.state = state
 
 
 def asked(pool: IdlePool, pids: Sequence[int]) -> list[str | None]:
@@ -89,7 +90,7 @@ def test_a_worker_stays_with_its_file_and_then_helps(
 ) -> None:
     dispatcher.place(file("a", is_decoded=False), file("b"))
     assert asked(pool, [1, 2]) == ["a: decode_file", "b: one"]
-    pool.end(1, 1.0)
+    pool.end(1, SourceInfo("pcm", "wav", 44100, 1, 1.0, "av", 0))
     assert pool.ask(1) == "a: one"
     pool.end(2)
     conclude(dispatcher)

@@ -3,22 +3,25 @@
 import os
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from multiprocessing import forkserver, spawn
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import soundfile
 from blake3 import blake3
 
+from audio_assets.extraction import engine as engine_module
 from audio_assets.extraction.cells import CellOutcome, CellStatus
 from audio_assets.extraction.engine import Engine
 from audio_assets.extraction.scratch import Scratch
 from audio_assets.features.base import FeatureSet
-from audio_assets.library import Library
+from audio_assets.library.scan import Library
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import feature_table, warehouse_tables
 from robustness.adaptive_timeout import get_timeout_manager
@@ -26,9 +29,10 @@ from robustness.circuit_breaker import get_circuit_breaker
 from robustness.error_classifier import ErrorType
 from robustness.quarantine import Quarantine
 from robustness.smart_retry import DeferredError
-from robustness.worker_pool import WorkerPool
+from robustness.worker_pool import WorkerPool, WorkerStartError
 from tests import faults
 from tests.conftest import forget_state, write_tone
+from tests.warehouse.rows import all_rows
 
 GOOD = ("a.wav", "b.wav", "c.wav")
 
@@ -83,7 +87,7 @@ def latest(tmp_path: Path, feature_set: FeatureSet) -> list[dict[str, Any]]:
 
 def attempts(tmp_path: Path, feature_set: FeatureSet) -> list[dict[str, object]]:
     landing = Landing(str(tmp_path / "landing"), warehouse_tables([feature_set]))
-    rows = landing.read("robustness/attempts").to_pylist()
+    rows = all_rows(landing, "robustness/attempts")
     return sorted(
         (row for row in rows if row["file_key"] == "music/bad.wav"), key=lambda row: row["attempt"]
     )
@@ -120,7 +124,7 @@ def test_feature_set_that_reads_the_file_itself_gets_learned_timeouts_too(
 ) -> None:
     monkeypatch.setenv("ROBUSTNESS_TIMEOUT_MIN_SAMPLES", "2")
     forget_state()
-    feature_set = replace(faults.feature_set("tags", faults.length_of_file), reads_pcm=False)
+    feature_set = replace(faults.feature_set("tags", faults.length_of_file), reads="file")
     run(library, tmp_path, feature_set)
     decision = get_timeout_manager().timeout_in_force("tags", 1.0)
     assert decision.source == "learned"
@@ -133,6 +137,50 @@ def test_segfault_costs_its_own_attempt_alone(library: Path, tmp_path: Path) -> 
     assert outcomes["bad.wav"].status is CellStatus.MATERIALIZED
     assert "SIGSEGV" in str(attempts(tmp_path, feature_set)[0]["message"])
     assert attempts(tmp_path, feature_set)[-1]["extractor"] == "alternative"
+
+
+def write_wavpack(path: Path) -> None:
+    samples = np.random.default_rng(0).uniform(-0.5, 0.5, (1, 44100)).astype(np.float32)
+    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout="mono")
+    frame.sample_rate = 44100
+    with av.open(path, "w", format="wv") as output:
+        stream = output.add_stream("wavpack", rate=44100, layout="mono")
+        assert isinstance(stream, av.AudioStream)
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+
+
+def write_headless_flac(path: Path) -> None:
+    write_tone(path, 440.0)
+    path.write_bytes(b"\xa5" * 1000 + path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "reads_pcm", "recoveries"),
+    [
+        ("bad.wv", write_wavpack, True, ("audio_fallback",)),
+        ("bad.wv", write_wavpack, False, ("audio_fallback",)),
+        ("bad.flac", write_headless_flac, True, ("format_conversion", "audio_fallback")),
+    ],
+)
+def test_crash_on_a_file_that_can_be_decoded_gets_its_fallback(
+    library: Path,
+    tmp_path: Path,
+    name: str,
+    write: Callable[[Path], None],
+    reads_pcm: bool,
+    recoveries: tuple[str, ...],
+) -> None:
+    write(library / name)
+    feature_set = replace(
+        faults.feature_set("crashing", faults.segfault, faults.length_of_file),
+        reads="pcm" if reads_pcm else "file",
+    )
+    (library / "bad.wav").unlink()
+    outcome = run(library, tmp_path, feature_set)[name]
+    assert outcome.status is CellStatus.MATERIALIZED
+    assert outcome.recoveries == recoveries
+    assert Quarantine().list() == []
 
 
 def test_endless_allocation_is_stopped_at_the_budget(library: Path, tmp_path: Path) -> None:
@@ -191,7 +239,7 @@ def test_corrupt_file_is_quarantined_until_it_changes(library: Path, tmp_path: P
     again = run(library, tmp_path, feature_set)["bad.wav"]
     assert again.attempts == 0
     assert again.error is not None
-    assert "quarantine" in again.error.message
+    assert again.error.message == cell.reason
 
     write_tone(library / "bad.wav", 330.0)
     assert run(library, tmp_path, feature_set)["bad.wav"].status is CellStatus.MATERIALIZED
@@ -234,7 +282,7 @@ def test_step_that_broke_off_goes_on_where_it_was(library: Path, tmp_path: Path)
     assert sorted(outcome.file_key for outcome in outcomes) == keys
     landing = Landing(str(tmp_path / "landing"), warehouse_tables([feature_set]))
     for table in (feature_table(feature_set).landing_name, "robustness/attempts"):
-        assert sorted(landing.read(table)["file_key"].to_pylist()) == keys
+        assert sorted(row["file_key"] for row in all_rows(landing, table)) == keys
 
 
 def test_unchanged_cells_are_reused_and_force_computes_them(library: Path, tmp_path: Path) -> None:
@@ -287,8 +335,7 @@ def test_cells_of_all_feature_sets_are_reported_whichever_drives(
 
 def all_attempts(tmp_path: Path, *feature_sets: FeatureSet) -> list[dict[str, Any]]:
     landing = Landing(str(tmp_path / "landing"), warehouse_tables(feature_sets))
-    rows: list[dict[str, Any]] = landing.read("robustness/attempts").to_pylist()
-    return rows
+    return all_rows(landing, "robustness/attempts")
 
 
 def test_audio_is_decoded_once_and_removed_with_the_last_cell(
@@ -309,7 +356,7 @@ def test_audio_is_decoded_once_and_removed_with_the_last_cell(
 
 def test_failed_decode_is_one_attempt_for_all_feature_sets(library: Path, tmp_path: Path) -> None:
     one, two = (faults.feature_set(name, faults.sound) for name in ("one", "two"))
-    tags = replace(faults.feature_set("tags", faults.length_of_file), reads_pcm=False)
+    tags = replace(faults.feature_set("tags", faults.length_of_file), reads="file")
     t = np.arange(44100) / 44100
     soundfile.write(library / "bad.wav", np.sin(2 * np.pi * 440 * t), 44100, "NMS_ADPCM_32")
     (library / "a.wav").write_text("not audio at all\n" * 100)
@@ -323,14 +370,15 @@ def test_failed_decode_is_one_attempt_for_all_feature_sets(library: Path, tmp_pa
         for row in all_attempts(tmp_path, one, two, tags)
     } == {
         ("music/a.wav", "one", 1, "failed"),
-        ("music/a.wav", "two", 0, "skipped"),
+        ("music/a.wav", "one", 0, "quarantined"),
+        ("music/a.wav", "two", 0, "quarantined"),
         ("music/a.wav", "tags", 1, "succeeded"),
         ("music/bad.wav", "one", 1, "failed"),
         ("music/bad.wav", "one", 2, "succeeded"),
         ("music/bad.wav", "two", 1, "succeeded"),
         ("music/bad.wav", "tags", 1, "succeeded"),
     }
-    assert get_circuit_breaker("audio_processing").get_stats()["failure_count"] == 1
+    assert get_circuit_breaker("audio_processing").get_stats()["failure_count"] == 0
     assert {(c.file_key, c.feature_set) for c in Quarantine().list()} == {
         ("music/a.wav", "one"),
         ("music/a.wav", "two"),
@@ -455,3 +503,21 @@ def test_copy_of_a_file_that_recovered_does_not_fail(library: Path, tmp_path: Pa
         writer.join()
     assert [o.file_key for o in outcomes] == ["music/bad.wav", "music/bad copy.wav"]
     assert {o.status for o in outcomes} == {CellStatus.MATERIALIZED}
+
+
+def test_workers_that_cannot_start_end_the_run(
+    library: Path, tmp_path: Path, new_fork_server: None
+) -> None:
+    plain = faults.feature_set("plain", faults.sound)
+    python = spawn.get_executable()
+    forkserver._forkserver._stop()
+    spawn.set_executable(str(tmp_path / "no python"))
+    try:
+        with engine(library, tmp_path, plain) as shared:
+            shared.begin([plain], [f"music/{path.name}" for path in library.iterdir()])
+            with pytest.raises(WorkerStartError, match="cannot start a worker"):
+                list(shared.drive("plain"))
+    finally:
+        spawn.set_executable(python)
+    storage = get_circuit_breaker("storage:music").get_stats()
+    assert storage["failure_count"] < engine_module.MAX_START_FAILURES

@@ -5,7 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from audio_assets.audio import SAMPLE_RATE, Audio, Samples, decode
+from audio_assets.audio.decode import decode
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 
 MakeAudio = Callable[[Samples], Audio]
 

@@ -2,14 +2,20 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import essentia.standard as es
 import numpy as np
 import pytest
+from dagster._core.definitions.utils import DISALLOWED_NAMES
 
-from audio_assets.audio import SAMPLE_RATE, Audio, Samples
-from audio_assets.features import FEATURE_SETS, get_feature_set
-from audio_assets.features.base import FeatureSet, Row, check_row
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
+from audio_assets.defs.checks import published_tables
+from audio_assets.defs.robustness_tables import robustness_tables
+from audio_assets.extraction.recovery import DECODE, IDENTIFY
+from audio_assets.extraction.worker import IDENTIFY_STAGES
+from audio_assets.features import BROKEN_FEATURE_SETS, FEATURE_SETS
+from audio_assets.features.base import RESERVED_NAMES, Column, FeatureSet, Row, check_row
 from audio_assets.features.key import camelot
 from tests.features.conftest import MakeAudio
 
@@ -42,7 +48,7 @@ class TestReference:
     """The primary extractors give what the reference algorithm gives when called directly."""
 
     def test_rhythm(self, audio: Audio) -> None:
-        row = get_feature_set("rhythm").extract(audio)
+        row = FEATURE_SETS["rhythm"].extract(audio)
         bpm, beats, confidence, _, _ = es.RhythmExtractor2013(method="multifeature")(audio.mono())
         _, onset_rate = es.OnsetRate()(audio.mono())
 
@@ -55,14 +61,14 @@ class TestReference:
         }
 
     def test_loudness(self, audio: Audio) -> None:
-        row = get_feature_set("loudness").extract(audio)
+        row = FEATURE_SETS["loudness"].extract(audio)
         momentary, short_term, integrated, loudness_range = es.LoudnessEBUR128()(audio.stereo())
         ten_seconds = audio.block(5, 15)
         peaks = [
             np.abs(es.TruePeakDetector()(np.ascontiguousarray(channel))[1]).max()
             for channel in ten_seconds.pcm.T
         ]
-        part = get_feature_set("loudness").extract(ten_seconds)
+        part = FEATURE_SETS["loudness"].extract(ten_seconds)
 
         assert row["integrated_lufs"] == integrated
         assert row["loudness_range_lu"] == loudness_range
@@ -72,28 +78,28 @@ class TestReference:
         assert part["true_peak_dbtp"] == pytest.approx(20 * math.log10(max(peaks)), abs=1e-3)
 
     def test_danceability(self, audio: Audio) -> None:
-        row = get_feature_set("danceability").extract(audio)
+        row = FEATURE_SETS["danceability"].extract(audio)
         danceability, dfa = es.Danceability()(audio.mono())
 
         assert row["danceability"] == pytest.approx(danceability, rel=1e-5)
         assert row["dfa_exponents"] == dfa.tolist()
 
     def test_key(self, audio: Audio) -> None:
-        row = get_feature_set("key").extract(audio)
+        row = FEATURE_SETS["key"].extract(audio)
         second = es.KeyExtractor(profileType="temperley")(audio.mono())
 
         assert (row["key"], row["scale"], row["strength"]) == es.KeyExtractor()(audio.mono())
         assert (row["second_key"], row["second_scale"], row["second_strength"]) == second
 
     def test_mfcc(self, audio: Audio) -> None:
-        row = get_feature_set("mfcc").extract(audio)
+        row = FEATURE_SETS["mfcc"].extract(audio)
         frames = np.array([es.MFCC()(s)[1] for s in spectra(audio.mono(), 2048, 1024)])
 
         np.testing.assert_allclose(row["mean"], frames.mean(axis=0, dtype=np.float64), rtol=1e-6)
         np.testing.assert_allclose(row["std"], frames.std(axis=0, dtype=np.float64), rtol=1e-6)
 
     def test_chroma(self, audio: Audio) -> None:
-        row = get_feature_set("chroma").extract(audio)
+        row = FEATURE_SETS["chroma"].extract(audio)
         peaks = es.SpectralPeaks(
             orderBy="magnitude", magnitudeThreshold=1e-5, minFrequency=40, maxFrequency=5000
         )
@@ -106,7 +112,7 @@ class TestReference:
         assert row["tuning_hz"] == [tuning(*peaks_of_frame)[0] for peaks_of_frame in found][-1]
 
     def test_spectral(self, audio: Audio) -> None:
-        row = get_feature_set("spectral").extract(audio)
+        row = FEATURE_SETS["spectral"].extract(audio)
         found = spectra(audio.mono(), 2048, 1024)
         flux = es.Flux()
         shape = [es.DistributionShape()(es.CentralMoments(range=22050)(s)) for s in found]
@@ -133,7 +139,7 @@ class TestAlternative:
 
     @staticmethod
     def both(name: str, audio: Audio) -> tuple[Row, Row]:
-        feature_set = get_feature_set(name)
+        feature_set = FEATURE_SETS[name]
         return feature_set.extract(audio), feature_set.extract_alternative(audio)
 
     def test_rhythm(self, audio: Audio) -> None:
@@ -205,8 +211,8 @@ class TestAlternative:
 
 def test_known_music(make_audio: MakeAudio, music: Samples) -> None:
     audio = make_audio(music)
-    rhythm = get_feature_set("rhythm").extract(audio)
-    key = get_feature_set("key").extract(audio)
+    rhythm = FEATURE_SETS["rhythm"].extract(audio)
+    key = FEATURE_SETS["key"].extract(audio)
 
     assert rhythm["bpm"] == pytest.approx(120, abs=1)
     assert (key["key"], key["scale"], key["camelot"]) == ("C", "major", "8B")
@@ -218,8 +224,8 @@ def test_loudness_of_the_ebu_test_tone(make_audio: MakeAudio) -> None:
     time = np.arange(20 * SAMPLE_RATE) / SAMPLE_RATE
     tone = 10 ** (-23 / 20) * np.sin(2 * np.pi * 1000 * time)
     for extract in (
-        get_feature_set("loudness").extract,
-        get_feature_set("loudness").extract_alternative,
+        FEATURE_SETS["loudness"].extract,
+        FEATURE_SETS["loudness"].extract_alternative,
     ):
         stereo, mono = extract(make_audio(np.stack([tone, tone], 1))), extract(make_audio(tone))
         assert stereo["integrated_lufs"] == pytest.approx(-23, abs=0.1)
@@ -232,7 +238,7 @@ def test_true_peak_lies_between_samples(make_audio: MakeAudio) -> None:
     # A quarter of the sample rate at 45 degrees: samples at 0.707 of the peak.
     tone = 0.5 * np.sin(2 * np.pi * np.arange(2 * SAMPLE_RATE) / 4 + np.pi / 4)
     tone *= np.hanning(len(tone)) ** 0.1
-    row = get_feature_set("loudness").extract(make_audio(tone))
+    row = FEATURE_SETS["loudness"].extract(make_audio(tone))
 
     assert 20 * math.log10(np.abs(tone).max()) == pytest.approx(-9.03, abs=0.01)
     assert row["true_peak_dbtp"] == pytest.approx(-6.02, abs=0.05)
@@ -240,7 +246,7 @@ def test_true_peak_lies_between_samples(make_audio: MakeAudio) -> None:
 
 def test_chroma_starts_with_a(make_audio: MakeAudio) -> None:
     time = np.arange(3 * SAMPLE_RATE) / SAMPLE_RATE
-    feature_set = get_feature_set("chroma")
+    feature_set = FEATURE_SETS["chroma"]
     for semitones in (0, 3, 11):
         audio = make_audio(0.3 * np.sin(2 * np.pi * 440 * 2 ** (semitones / 12) * time))
         assert np.argmax(feature_set.extract(audio)["mean"]) == semitones
@@ -291,7 +297,7 @@ def assert_fits(feature_set: FeatureSet, row: Row) -> None:
 @pytest.mark.parametrize("kind", hard_inputs())
 @pytest.mark.parametrize("name", PCM_SETS)
 def test_hard_inputs_give_values_or_null(make_audio: MakeAudio, name: str, kind: str) -> None:
-    feature_set = get_feature_set(name)
+    feature_set = FEATURE_SETS[name]
     audio = make_audio(hard_inputs()[kind])
     for extract in (feature_set.extract, feature_set.extract_alternative):
         assert_fits(feature_set, extract(audio))
@@ -299,7 +305,7 @@ def test_hard_inputs_give_values_or_null(make_audio: MakeAudio, name: str, kind:
 
 @pytest.mark.parametrize("name", PCM_SETS)
 def test_silence_has_no_values(make_audio: MakeAudio, name: str) -> None:
-    feature_set = get_feature_set(name)
+    feature_set = FEATURE_SETS[name]
     audio = make_audio(np.zeros(3 * SAMPLE_RATE))
     defined = {"beats_count": 0, "beats": [], "onset_rate": 0.0}
     for extract in (feature_set.extract, feature_set.extract_alternative):
@@ -317,7 +323,7 @@ class TestBlocks:
 
     @staticmethod
     def combined(name: str, audio: Audio, seconds: float = 5.0) -> tuple[Row, Row]:
-        feature_set = get_feature_set(name)
+        feature_set = FEATURE_SETS[name]
         starts = np.arange(0, audio.duration_s, seconds)
         blocks = [audio.block(start, start + seconds) for start in starts]
         rows = [feature_set.extract(block) for block in blocks]
@@ -364,7 +370,7 @@ class TestBlocks:
             | {"second_key": None, "second_scale": None, "second_strength": None}
             for key, strength in (("C", 0.9), ("G", 0.5), ("G", 0.6), (None, None))
         ]
-        row = get_feature_set("key").combine(blocks, [30.0, 30.0, 30.0, 300.0])
+        row = FEATURE_SETS["key"].combine(blocks, [30.0, 30.0, 30.0, 300.0])
 
         assert (row["key"], row["camelot"]) == ("G", "9B")
         assert row["strength"] == pytest.approx(0.55)
@@ -373,19 +379,41 @@ class TestBlocks:
     @pytest.mark.parametrize("name", PCM_SETS)
     def test_blocks_of_silence(self, name: str, make_audio: MakeAudio) -> None:
         _, joined = self.combined(name, make_audio(np.zeros(10 * SAMPLE_RATE)))
-        assert joined == get_feature_set(name).extract(make_audio(np.zeros(10 * SAMPLE_RATE)))
+        assert joined == FEATURE_SETS[name].extract(make_audio(np.zeros(10 * SAMPLE_RATE)))
 
 
 def test_feature_sets_are_whole() -> None:
-    assert set(FEATURE_SETS) == {
-        *("rhythm", "spectral", "loudness", "danceability", "key", "mfcc", "chroma"),
-        *("musicnn", "metadata"),
-    }
-    for name, feature_set in FEATURE_SETS.items():
-        columns = [column.name for column in feature_set.columns]
-        assert feature_set.name == name
-        assert len(set(columns)) == len(columns)
-        assert {feature_set.headline, *feature_set.plotted} <= set(columns)
+    assert list(FEATURE_SETS) == [
+        *("loudness", "danceability", "key", "chroma", "mfcc", "spectral"),
+        *("rhythm", "musicnn", "metadata"),
+    ]
+    assert not BROKEN_FEATURE_SETS
+    for feature_set in FEATURE_SETS.values():
         assert all(column.description for column in feature_set.columns)
-    with pytest.raises(KeyError, match="rhythm"):
-        get_feature_set("rythm")
+        assert feature_set.licence
+        assert feature_set.citation
+
+
+def test_names_that_are_taken_are_reserved() -> None:
+    """A feature set of such a name would keep Dagster from loading, or share a stage's history."""
+    ops = {robustness_tables.op.name, published_tables.op.name}
+    stages = {*IDENTIFY_STAGES, IDENTIFY, DECODE, "duration"}
+    assert ops | stages | DISALLOWED_NAMES <= RESERVED_NAMES
+    rhythm = FEATURE_SETS["rhythm"]
+    for name in ("decode", "tracks", "class", "Rhythm", "rhythm!", ""):
+        with pytest.raises(ValueError, match="cannot be the name of a feature set"):
+            replace(rhythm, name=name)
+
+
+def test_feature_set_with_columns_that_do_not_fit_is_refused() -> None:
+    rhythm = FEATURE_SETS["rhythm"]
+    bpm = Column("bpm", "DOUBLE", "Tempo")
+    for columns in ([bpm, bpm], [Column("file_key", "VARCHAR", "")], [Column("BPM", "DOUBLE", "")]):
+        with pytest.raises(ValueError, match="cannot be the name of a column"):
+            replace(rhythm, columns=columns, plotted=())
+    with pytest.raises(ValueError, match="headline"):
+        replace(rhythm, headline="bmp")
+    with pytest.raises(ValueError, match="plotted"):
+        replace(rhythm, plotted=("beats",))
+    with pytest.raises(ValueError, match="reads"):
+        replace(rhythm, reads="nothing")  # type: ignore[arg-type]

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from audio_assets.audio import SAMPLE_RATE, Audio, decode
+from audio_assets.audio.decode import decode
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio
 from audio_assets.features import musicnn
 from audio_assets.features.base import Row, check_row
 from audio_assets.features.musicnn import FEATURE_SET
-from audio_assets.musicnn_network import load_network, read_checkpoint
+from audio_assets.features.musicnn_network import load_network, read_checkpoint
 
 Extractor = Callable[[Audio], Row]
 

@@ -7,9 +7,9 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
-from audio_assets.audio import SAMPLE_RATE, Samples
+from audio_assets.audio.pcm import SAMPLE_RATE, Samples
 from audio_assets.features import FEATURE_SETS
-from audio_assets.pictures import INLINE_CHARACTERS, bars, columns, curve, markdown
+from audio_assets.features.pictures import INLINE_CHARACTERS, bars, columns, curve, markdown
 from tests.features.conftest import MakeAudio
 
 PICTURED = [name for name, feature_set in FEATURE_SETS.items() if feature_set.picture]

@@ -21,7 +21,7 @@ from dagster._core.storage.tags import (
     ASSET_PARTITION_RANGE_START_TAG,
 )
 
-from audio_assets.file_keys import MAX_KEY_BYTES, FileKeyError, decode_key, encode_key
+from audio_assets.library.file_keys import MAX_KEY_BYTES, FileKeyError, decode_key, encode_key
 
 READABLE = {
     b"Artist/Album/01 - Song.mp3": "music/Artist/Album/01 - Song.mp3",

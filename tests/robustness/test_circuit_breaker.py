@@ -1,4 +1,5 @@
 import asyncio
+import gc
 import itertools
 import logging
 import os
@@ -28,7 +29,8 @@ from robustness.circuit_breaker import (
 )
 from robustness.log_context import log_context
 from robustness.settings import get_settings
-from robustness.state import StateStore, breaker_probes, breaker_transitions, reset_state_store
+from robustness.state import StateStore, reset_state_store
+from robustness.state_schema import breaker_probes, breaker_transitions
 from tests.robustness.shared_state import (
     processes,
     rows_of,
@@ -118,27 +120,6 @@ def test_failed_probe_opens_again() -> None:
     wait_until(lambda: breaker.get_state() is HALF_OPEN)
     fail_once(breaker)
     assert breaker.get_stats()["state"] == "OPEN"
-
-
-def test_recovery_timeout_grows_with_each_failed_probe_up_to_its_bound() -> None:
-    breaker = CircuitBreaker(
-        failure_threshold=1,
-        recovery_timeout=0.01,
-        recovery_multiplier=2,
-        max_recovery_timeout=0.03,
-        counts=is_outage,
-    )
-    timeouts = []
-    open_up(breaker)
-    for _ in range(3):
-        timeouts.append(breaker.get_stats()["recovery_timeout"])
-        wait_until(lambda: breaker.get_state() is HALF_OPEN)
-        fail_once(breaker)
-    assert timeouts == [0.01, 0.02, 0.03]
-    wait_until(lambda: breaker.get_state() is HALF_OPEN)
-    breaker.call(int)
-    open_up(breaker)
-    assert breaker.get_stats()["recovery_timeout"] == 0.01
 
 
 def test_several_probes_may_be_asked_for() -> None:
@@ -233,9 +214,9 @@ def test_every_way_of_guarding() -> None:
     breaker = CircuitBreaker(failure_threshold=4, recovery_timeout=60, counts=is_outage)
     with pytest.raises(OutageError), breaker.call:
         fail()
-    with pytest.raises(OutageError), breaker:
-        fail()
-    with breaker as permit, breaker.call:
+    with pytest.raises(OutageError):
+        breaker.call(fail)
+    with breaker.call as permit, breaker.call:
         assert isinstance(permit, Permit)
     assert breaker.call(divmod, 7, 2) == (3, 1)
     stats = breaker.get_stats()
@@ -393,7 +374,6 @@ def test_slow_probe_opens_again(store: StateStore) -> None:
     [
         {"failure_threshold": 0},
         {"recovery_timeout": -1},
-        {"recovery_multiplier": 0.5},
         {"failure_rate_threshold": 1.5},
         {"slow_call_seconds": 3.0},
         {"slow_call_rate_threshold": 0.5},
@@ -491,15 +471,34 @@ def test_registry() -> None:
         breaker = get_circuit_breaker(name)
         assert breaker is get_circuit_breaker(name)
         assert (breaker.failure_threshold, breaker.recovery_timeout) == (threshold, timeout)
-    assert all_circuit_breakers() == {}
+    others = all_circuit_breakers()  # of earlier tests, without a name
     for name in ("network_operations", "feature:key"):
         with pytest.raises(TimeoutError):
             get_circuit_breaker(name).call(fail, TimeoutError())
-    stats = {name: breaker.get_stats() for name, breaker in all_circuit_breakers().items()}
+    stats = {
+        name: breaker.get_stats()
+        for name, breaker in all_circuit_breakers().items()
+        if name not in others
+    }
     assert {name: stat["failure_count"] for name, stat in stats.items()} == {
         "feature:key": 1,
         "network_operations": 1,
     }
+
+
+@pytest.mark.usefixtures("home")
+def test_breakers_without_a_name_are_listed_while_they_are_in_use() -> None:
+    first, second = CircuitBreaker(counts=is_outage), CircuitBreaker(counts=is_outage)
+    assert first.name != second.name
+    fail_once(first)
+    listed = all_circuit_breakers()
+    assert (listed[first.name], listed[second.name]) == (first, second)
+    assert listed[first.name].get_stats()["failure_count"] == 1
+    name = first.name
+    del first, listed
+    gc.collect()
+    assert name not in all_circuit_breakers()
+    assert second.name in all_circuit_breakers()
 
 
 @pytest.mark.usefixtures("home")

@@ -36,7 +36,8 @@ import requests
 import soundfile
 import sqlalchemy as sa
 
-from audio_assets.errors import CorruptFileError, UnsupportedFormatError
+from audio_assets.audio.errors import CorruptFileError, UnsupportedFormatError
+from audio_assets.library.formats import check_content
 from robustness.adaptive_timeout import timeout_context
 from robustness.built_in_rules import BUILT_IN_RULES
 from robustness.circuit_breaker import CircuitBreaker, CircuitBreakerOpenError
@@ -53,7 +54,8 @@ from robustness.error_rules import (
     ClassifierConfigError,
     rules_from_pyproject,
 )
-from robustness.state import StateStore, errors
+from robustness.state import StateStore
+from robustness.state_schema import errors
 from robustness.worker_pool import (
     WorkerCrashedError,
     WorkerMemoryError,
@@ -90,7 +92,7 @@ def files(tmp_path: Path) -> Path:
     (tmp_path / "empty.wav").touch()
     (tmp_path / "zeros.wav").write_bytes(bytes(100_000))
     (tmp_path / "text.mp3").write_text("This is a love letter, not a song.\n" * 50)
-    (tmp_path / "image.mp3").write_bytes(b"\xff\xd8\xff\xe0" + os.urandom(5000))
+    (tmp_path / "image.mp3").write_bytes(b"\xff\xd8\xff\xe0" + np.random.default_rng(1).bytes(5000))
     (tmp_path / "folder.wav").mkdir()
     return tmp_path
 
@@ -174,7 +176,9 @@ class TestFiles:
         self, read: Callable[[Path], object], name: str, files: Path, classifier: ErrorClassifier
     ) -> None:
         path = files / name
-        info = classifier.classify_error(provoked(lambda: read(path)), {"file_path": path})
+        info = classifier.classify_error(
+            provoked(lambda: read(path)), {"file_path": path}, check_content=check_content
+        )
         assert info.error_type is ErrorType.CORRUPT_FILE
         assert not info.systemic
 
@@ -184,19 +188,29 @@ class TestFiles:
         self, read: Callable[[Path], object], name: str, files: Path, classifier: ErrorClassifier
     ) -> None:
         path = files / name
-        info = classifier.classify_error(provoked(lambda: read(path)), {"file_path": path})
+        info = classifier.classify_error(
+            provoked(lambda: read(path)), {"file_path": path}, check_content=check_content
+        )
         assert info.error_type is ErrorType.UNSUPPORTED_FORMAT
         assert not info.retryable
         assert info.recovery_strategy is RecoveryStrategy.SKIP_FILE
         assert info.evidence
         assert info.evidence in info.reason
 
+    def test_content_is_no_evidence_without_a_check(
+        self, files: Path, classifier: ErrorClassifier
+    ) -> None:
+        error = provoked(lambda: read_av(files / "image.mp3"))
+        info = classifier.classify_error(error, {"file_path": files / "image.mp3"})
+        assert info.error_type is ErrorType.AUDIO_PROCESSING
+        assert info.evidence is None
+
     def test_wrong_extension_is_worth_a_conversion(
         self, files: Path, classifier: ErrorClassifier
     ) -> None:
         path = files / "flac_named.mp3"
         error = provoked(lambda: mutagen.mp3.MP3(path))  # type: ignore[no-untyped-call]
-        info = classifier.classify_error(error, {"file_path": path})
+        info = classifier.classify_error(error, {"file_path": path}, check_content=check_content)
         assert info.error_type is ErrorType.UNSUPPORTED_FORMAT
         assert info.retryable
         assert not info.systemic
@@ -254,7 +268,9 @@ class TestFiles:
         import essentia.standard
 
         error = provoked(lambda: essentia.standard.Spectrum()(np.zeros(0, "float32")))
-        info = classifier.classify_error(error, {"file_path": files / "good.wav"})
+        info = classifier.classify_error(
+            error, {"file_path": files / "good.wav"}, check_content=check_content
+        )
         assert info.error_type is ErrorType.AUDIO_PROCESSING
         assert info.recovery_strategy is RecoveryStrategy.AUDIO_FALLBACK
         assert info.evidence is None
@@ -801,17 +817,15 @@ class TestRules:
             assert set(rule.errnos) <= known | {"ENOMEDIUM", "EMEDIUMTYPE"}
             assert all(hasattr(signal, name) for name in rule.signals)
 
-    def test_rule_from_code_comes_first(self, classifier: ErrorClassifier) -> None:
-        classifier.add_rule(
-            Rule(
-                name="our licence server",
-                error_type=ErrorType.SYSTEM_RESOURCE,
-                exceptions=("builtins.ConnectionError",),
-                severity=ErrorSeverity.LOW,
-                systemic=False,
-            )
+    def test_rule_from_code_comes_first(self, store: StateStore) -> None:
+        rule = Rule(
+            name="our licence server",
+            error_type=ErrorType.SYSTEM_RESOURCE,
+            exceptions=("builtins.ConnectionError",),
+            severity=ErrorSeverity.LOW,
+            systemic=False,
         )
-        info = classifier.classify_error(ConnectionResetError())
+        info = ErrorClassifier((rule,), store=store).classify_error(ConnectionResetError())
         assert info.error_type is ErrorType.SYSTEM_RESOURCE
         assert info.severity is ErrorSeverity.LOW
         assert info.rule == "our licence server"

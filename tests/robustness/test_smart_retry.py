@@ -4,26 +4,22 @@ import asyncio
 import logging
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
-from audio_assets.errors import CorruptFileError
+from audio_assets.audio.errors import CorruptFileError
 from robustness.circuit_breaker import CircuitBreaker, CircuitBreakerOpenError
 from robustness.error_classifier import ErrorClassifier, ErrorType
+from robustness.retry_budget import BUDGET_CAPACITY, BUDGET_REFILL_SECONDS, BUDGET_RESERVE
+from robustness.retry_history import DEFAULT_PARAMETERS, OUTCOMES_KEPT
 from robustness.settings import RobustnessSettings
 from robustness.smart_retry import (
-    BUDGET_CAPACITY,
-    BUDGET_REFILL_SECONDS,
-    BUDGET_RESERVE,
-    DEFAULT_PARAMETERS,
     JITTER,
     MAX_DELAY,
-    OUTCOMES_KEPT,
-    RejectedResultError,
     RetryResult,
     RetryStrategy,
     SmartRetryManager,
@@ -31,7 +27,8 @@ from robustness.smart_retry import (
     set_testing,
     smart_retry,
 )
-from robustness.state import StateStore, errors, retry_budget, retry_outcomes
+from robustness.state import StateStore
+from robustness.state_schema import errors, retry_budget, retry_outcomes
 
 
 @pytest.fixture
@@ -89,7 +86,6 @@ class TestDelays:
     @pytest.mark.parametrize("strategy", RetryStrategy)
     def test_are_bounded(self, strategy: RetryStrategy, manager: SmartRetryManager) -> None:
         assert manager.calculate_delay(strategy, 10_000) <= MAX_DELAY
-        assert manager.calculate_delay(strategy, 10_000, max_delay=7) <= 7
 
     def test_start_from_the_base_asked_for(self, manager: SmartRetryManager) -> None:
         delay = manager.calculate_delay(RetryStrategy.EXPONENTIAL, 2, base_delay=0.1)
@@ -101,23 +97,9 @@ class TestDelays:
 
 
 class TestAttempts:
-    @pytest.mark.parametrize(
-        ("method", "strategy"),
-        [
-            (SmartRetryManager.exponential_backoff, RetryStrategy.EXPONENTIAL),
-            (SmartRetryManager.linear_backoff, RetryStrategy.LINEAR),
-            (SmartRetryManager.adaptive_retry, RetryStrategy.ADAPTIVE),
-            (SmartRetryManager.fibonacci_backoff, RetryStrategy.FIBONACCI),
-            (SmartRetryManager.constant_delay, RetryStrategy.CONSTANT),
-        ],
-    )
-    def test_success_at_last(
-        self,
-        method: Callable[..., RetryResult[str]],
-        strategy: RetryStrategy,
-        manager: SmartRetryManager,
-    ) -> None:
-        result = method(manager, Flaky(2), max_attempts=3, base_delay=0.001)
+    @pytest.mark.parametrize("strategy", RetryStrategy)
+    def test_success_at_last(self, strategy: RetryStrategy, manager: SmartRetryManager) -> None:
+        result = manager.retry(Flaky(2), strategy, max_attempts=3, base_delay=0.001)
         assert result.success
         assert result.result == "done"
         assert result.attempts == 3
@@ -151,34 +133,9 @@ class TestAttempts:
         assert result.stopped_by == "not_retryable"
         assert result.delays == ()
 
-    def test_caller_may_know_better(self, manager: SmartRetryManager) -> None:
-        with many_attempts():
-            named = manager.exponential_backoff(Flaky(1, KeyError("x")), retry_on=KeyError)
-            asked = manager.exponential_backoff(
-                Flaky(1, KeyError("x")), retry_on=lambda error: "x" in str(error)
-            )
-            other = manager.exponential_backoff(Flaky(1), retry_on=(KeyError, ValueError))
-        assert named.success
-        assert asked.success
-        assert not other.success
-
-    def test_unwanted_results_are_retried(self, manager: SmartRetryManager) -> None:
-        results = iter([None, None, 3, None, None])
-        with many_attempts():
-            result = manager.exponential_backoff(
-                lambda: next(results), retry_if_result=lambda value: value is None
-            )
-            assert result.unwrap() == 3
-            rejected = manager.exponential_backoff(
-                lambda: next(results), max_attempts=2, retry_if_result=lambda value: value is None
-            )
-        assert not rejected.success
-        with pytest.raises(RejectedResultError):
-            rejected.unwrap()
-
     def test_no_wait_that_cannot_be_used(self, manager: SmartRetryManager) -> None:
         flaky = Flaky(9)
-        result = manager.exponential_backoff(flaky, timeout=10, base_delay=1000, max_delay=1000)
+        result = manager.exponential_backoff(flaky, timeout=10, base_delay=1000)
         assert flaky.calls == 1
         assert result.stopped_by == "time"
 
@@ -202,16 +159,11 @@ class TestAttempts:
         assert result.attempts == 1
         assert result.stopped_by == "time"
 
-    def test_hook_and_log(
+    def test_each_retry_is_logged(
         self, manager: SmartRetryManager, caplog: pytest.LogCaptureFixture
     ) -> None:
-        seen = []
-        flaky = Flaky(2)
         with many_attempts(), caplog.at_level(logging.WARNING, "robustness.smart_retry"):
-            manager.exponential_backoff(
-                flaky, operation="upload", on_retry=lambda *retry: seen.append(retry)
-            )
-        assert seen == [(1, flaky.error, 0.0), (2, flaky.error, 0.0)]
+            manager.exponential_backoff(Flaky(2), operation="upload")
         assert [r.getMessage() for r in caplog.records] == [
             "Attempt 1 of 3 at upload failed (gone); next one in 0.0 s",
             "Attempt 2 of 3 at upload failed (gone); next one in 0.0 s",
@@ -353,7 +305,9 @@ class TestBudget:
 
         operations = 100
         for _ in range(operations):
-            result = manager.constant_delay(fail, max_attempts=3, base_delay=0, operation="x")
+            result = manager.retry(
+                fail, RetryStrategy.CONSTANT, max_attempts=3, base_delay=0, operation="x"
+            )
         assert result.stopped_by == "budget"
         retries = calls - operations
         # One more, as the reserve may refill a little meanwhile.
@@ -414,10 +368,15 @@ class TestLearning:
         assert stats["exponential"]["avg_total_time"] == 3.0
         assert stats["exponential"]["operations"] == 2
 
+    def test_housekeeping_stays_out_of_the_history(self, manager: SmartRetryManager) -> None:
+        with many_attempts():
+            manager.exponential_backoff(Flaky(1), record=False)
+        assert manager.get_retry_stats() == {}
+
     def test_stats_are_shared_and_kept(self, tmp_path: Path) -> None:
         url = f"sqlite:///{tmp_path}/state.db"
         first, second = StateStore(url), StateStore(url)
-        manager_on(first).constant_delay(Flaky(0))
+        manager_on(first).retry(Flaky(0), RetryStrategy.CONSTANT)
         first.close()
         assert manager_on(second).get_retry_stats()["constant"]["operations"] == 1
         second.close()
@@ -434,6 +393,18 @@ class TestLearning:
         assert manager.parameters(strategy).base_delay == 1.5 * default.base_delay
         assert manager_on(store).parameters(strategy).base_delay == 1.5 * default.base_delay
         assert manager.parameters(RetryStrategy.LINEAR) == DEFAULT_PARAMETERS[RetryStrategy.LINEAR]
+
+    def test_dead_operation_lengthens_its_own_waits_alone(
+        self, store: StateStore, manager: SmartRetryManager
+    ) -> None:
+        strategy = RetryStrategy.EXPONENTIAL
+        for _ in range(10):
+            manager.record_outcome(strategy, 3, False, 1.0, operation="dead")
+        assert manager_on(store).parameters(strategy, "dead").base_delay == 1.5
+        for operation in ("healthy", None):
+            assert manager.parameters(strategy, operation) == DEFAULT_PARAMETERS[strategy]
+        delays = [manager.calculate_delay(strategy, 0, operation="healthy") for _ in range(100)]
+        assert max(delays) <= 1.0
 
     def test_waits_that_always_suffice_shrink(self, manager: SmartRetryManager) -> None:
         strategy = RetryStrategy.CONSTANT
@@ -473,7 +444,7 @@ class TestLearning:
     def test_history_is_bounded(
         self, store: StateStore, manager: SmartRetryManager, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("robustness.smart_retry.OUTCOMES_KEPT", 60)
+        monkeypatch.setattr("robustness.retry_history.OUTCOMES_KEPT", 60)
         assert OUTCOMES_KEPT > 60
         for _ in range(200):
             manager.record_outcome(RetryStrategy.CONSTANT, 1, True, 1.0)

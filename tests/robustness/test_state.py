@@ -21,18 +21,15 @@ from alembic.script import ScriptDirectory
 
 from robustness import state
 from robustness.quarantine import Quarantine
-from robustness.state import (
+from robustness.state import StateStore, StateUnavailableError, get_state_store, reset_state_store
+from robustness.state_schema import (
     SCHEMA_REVISION,
     TEXT_LIMIT,
-    StateStore,
-    StateUnavailableError,
     breaker_transitions,
     errors,
-    get_state_store,
     insert_into,
     metadata,
     prune,
-    reset_state_store,
     retry_budget,
 )
 from tests.robustness.postgres import PostgresServer
@@ -365,7 +362,8 @@ def test_locked_database_stops_nobody_and_is_used_again(
 
 SHORT_LIVED = """
 import sys
-from robustness.state import StateStore, retry_budget
+from robustness.state import StateStore
+from robustness.state_schema import retry_budget
 import sqlalchemy as sa
 
 store = StateStore(sys.argv[1], lock_timeout=0.1, retry_interval=3600)

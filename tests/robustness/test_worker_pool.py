@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from robustness import worker_pool
+from robustness import worker_handle, worker_pool
 from robustness.error_classifier import ErrorClassifier, ErrorInfo, ErrorType
 from robustness.state import StateStore
 from robustness.worker_pool import (
@@ -32,8 +32,6 @@ from robustness.worker_pool import (
     report_stage,
 )
 from tests.robustness import worker_tasks as tasks
-
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="tells faults by Linux signals")
 
 AMPLE = 60.0
 
@@ -67,6 +65,7 @@ def assert_unharmed(pool: WorkerPool) -> None:
 
 
 def test_no_file_handles_left_fails_the_task_and_not_the_pool(pool: WorkerPool) -> None:
+    assert_unharmed(pool)  # one that is just being started would give handles back
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (512, limits[1]))
     taken = []
@@ -109,7 +108,7 @@ def test_a_source_that_fails_harms_nobody(
 ) -> None:
     pool.draw_from(lambda _: [][0])
     assert pool.submit(tasks.double, 1, timeout=AMPLE).result() == 2
-    assert "source of tasks failed" in caplog.text
+    wait_for(lambda: "source of tasks failed" in caplog.text)
 
 
 def test_returns_results_in_the_order_of_the_futures(pool: WorkerPool) -> None:
@@ -128,7 +127,8 @@ def test_a_hung_worker_is_killed_and_costs_its_own_task_alone(
     assert (caught.value.seconds, caught.value.stage, caught.value.errno) == (0.3, None, None)
     assert hung.measurement is not None
     assert hung.measurement.seconds >= 0.3
-    assert is_gone(hung.measurement.worker_pid)
+    # The kernel ends it at once, unless the machine is busy.
+    wait_for(lambda: is_gone(hung.measurement.worker_pid))
     assert all(other.exception() is None for other in others)
     assert_unharmed(pool)
 
@@ -334,7 +334,7 @@ def test_large_arguments_and_results(pool: WorkerPool) -> None:
 
 
 def test_a_worker_stopped_amid_a_message_is_hung(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_pool, "_STALL_SECONDS", 1)
+    monkeypatch.setattr(worker_handle, "STALL_SECONDS", 1)
     with WorkerPool(1) as pool:
         future = pool.submit(tasks.stop_amid_message, timeout=AMPLE)
         with pytest.raises(WorkerTimeoutError):
@@ -371,17 +371,6 @@ def test_ten_thousand_tiny_tasks_leave_nothing_behind(pool: WorkerPool) -> None:
     assert_unharmed(pool)
     wait_for(lambda: all(now <= then for now, then in zip(held(), before[0], strict=True)))
     assert held_by_worker() == before[1]
-
-
-def test_resize_changes_the_number_of_workers() -> None:
-    with WorkerPool(1) as pool:
-        wait_for(lambda: len(pool.worker_pids) == 1)
-        pool.resize(3)
-        wait_for(lambda: len(pool.worker_pids) == 3)
-        futures = [pool.submit(tasks.sleep, 0.05, timeout=AMPLE) for _ in range(9)]
-        pool.resize(1)
-        assert all(future.exception() is None for future in futures)
-        wait_for(lambda: len(pool.worker_pids) == 1)
 
 
 def test_workers_are_given_up_under_memory_pressure_and_taken_back(
@@ -440,17 +429,6 @@ def test_a_waiting_task_can_be_cancelled(pool: WorkerPool) -> None:
     waiting = pool.submit(tasks.pid, timeout=AMPLE)
     assert waiting.cancel()
     assert all(future.exception() is None for future in busy)
-
-
-def test_an_initializer_runs_in_each_worker_and_its_failure_is_told(tmp_path: Path) -> None:
-    path = tmp_path / "started"
-    with WorkerPool(2, initializer=tasks.write_line, initargs=(path, "started")) as pool:
-        pool.submit(tasks.kill_itself, timeout=AMPLE).exception()
-        wait_for(lambda: path.exists() and path.read_text() == "started\n" * 3)
-    with WorkerPool(1, initializer=tasks.fail_to_start) as pool:
-        future = pool.submit(tasks.pid, timeout=AMPLE)
-        with pytest.raises(WorkerStartError, match="no licence"):
-            future.result()
 
 
 @pytest.mark.parametrize("timeout", [0, -1.0, {}, {"decode": 1.0, "extract": 0.0}])

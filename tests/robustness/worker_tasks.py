@@ -195,12 +195,3 @@ def stop_amid_message() -> None:
     )
     os.write(connection.fileno(), struct.pack("!i", 1000) + b"half a message")
     stop_itself()
-
-
-def write_line(path: Path, line: str) -> None:
-    with path.open("a") as file:
-        file.write(line + "\n")
-
-
-def fail_to_start() -> None:
-    raise RuntimeError("no licence")

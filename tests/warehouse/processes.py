@@ -1,4 +1,4 @@
-"""What the processes of the tests do; every one runs until it is killed."""
+"""Processes for the tests; each runs until it is killed."""
 
 import itertools
 from collections.abc import Callable
@@ -24,8 +24,8 @@ SELECT
 KEYS_PER_PART = 20
 
 
-def write(root: Path, name: str, told: Connection) -> None:
-    """Write cells one after the other and tell the key of each once it is durable."""
+def write(root: Path, name: str, reported: Connection) -> None:
+    """Write cells one after the other and report the key of each once it is durable."""
     landing = landing_of(root)
     for number in itertools.count(step=KEYS_PER_PART):
         keys = [f"{name}/{number + offset}" for offset in range(KEYS_PER_PART)]
@@ -38,28 +38,28 @@ def write(root: Path, name: str, told: Connection) -> None:
         ):
             landing.append(table, rows)
             for key in keys:
-                told.send((table, key))
+                reported.send((table, key))
 
 
-def publish(root: Path, told: Connection) -> None:
-    """Publish again and again, telling each version."""
+def publish(root: Path, reported: Connection) -> None:
+    """Publish again and again, reporting each version."""
     publisher = publisher_of(root)
     while True:
-        told.send(publisher.publish().version)
+        reported.send(publisher.publish().version)
 
 
-def ask(root: Path, told: Connection) -> None:
-    """Open, query and close the database again and again, telling each answer."""
+def ask(root: Path, reported: Connection) -> None:
+    """Open, query and close the database again and again, reporting each answer."""
     while True:
-        told.send(query(root / "warehouse.duckdb", CONSISTENT).iloc[0].to_dict())
+        reported.send(query(root / "warehouse.duckdb", CONSISTENT).iloc[0].to_dict())
 
 
-def hold(root: Path, told: Connection) -> None:
-    """Hold one version open and tell what it holds, again and again."""
+def hold(root: Path, reported: Connection) -> None:
+    """Hold one version open and report its rows, again and again."""
     with duckdb.connect(str(root / "warehouse.duckdb"), read_only=True) as connection:
         while True:
             rows = connection.execute("FROM features.rhythm ORDER BY file_key").fetchall()
-            told.send(rows)
+            reported.send(rows)
 
 
 Task = Callable[..., None]

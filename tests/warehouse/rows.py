@@ -1,15 +1,19 @@
 """Rows and feature sets that look like real ones."""
 
 import random
+import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from audio_assets.features.base import Column, FeatureSet
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.publisher import Publisher
-from audio_assets.warehouse.schema import warehouse_tables
+from audio_assets.warehouse.schema import ROW_ID, warehouse_tables
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
 AWKWARD_KEYS = [
@@ -30,6 +34,8 @@ def feature_set(name: str, columns: Sequence[Column], headline: str | None = Non
         name=name,
         description=f"What {name} is.",
         columns=columns,
+        licence="none",
+        citation="none",
         extract=_not_called,
         extract_alternative=_not_called,
         combine=_not_called,
@@ -59,6 +65,59 @@ def publisher_of(
     return Publisher(
         landing_of(root, feature_sets), root / "warehouse.duckdb", feature_sets, state_store
     )
+
+
+def all_rows(
+    landing: Landing, table: str, columns: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    return [
+        row
+        for part in landing.parts(table)
+        for row in landing.read_part(table, part, columns).to_pylist(maps_as_pydicts="strict")
+    ]
+
+
+def write_foreign_parts(landing: Landing, root: Path) -> list[str]:
+    """Put parts that are not of the table among those of ``features/rhythm``; return their names.
+
+    Each can be read, but for one thing that does not fit.
+    """
+    folder = root / "landing/features/rhythm"
+    rows = landing.prepare("features/rhythm", [rhythm("foreign")]).rows
+    ids, keys, bpm = map(rows.column_names.index, (ROW_ID, "file_key", "bpm"))
+    kinds = {
+        "no row_id": rows.drop_columns([ROW_ID]),
+        "row_id a text": rows.set_column(ids, ROW_ID, [["1"]]),
+        "row_id NULL": rows.set_column(ids, ROW_ID, pa.nulls(1, pa.uuid())),
+        "no key": rows.drop_columns(["file_key"]),
+        "key a number": rows.set_column(keys, "file_key", [[1]]),
+        "key NULL": rows.set_column(keys, "file_key", pa.nulls(1, pa.string())),
+        "other columns": pa.table({"a": [1], "b": ["x"]}),
+        "no columns": pa.table({}),
+        "a column twice": rows.append_column("bpm", [[1.0]]),
+        "a column that is a text": rows.set_column(bpm, "bpm", [["120"]]),
+        "a column that is a struct": rows.set_column(bpm, "bpm", [[{"a": 1}]]),
+        "a name of another kind": rows,
+        "a name of version 4": rows,
+        "a name of the far future": rows,
+        "a merged part without sources": rows,
+        "a merged part with odd sources": rows.replace_schema_metadata({"supersedes": "[1]"}),
+    }
+    names = []
+    for kind, table in kinds.items():
+        stem = landing.prepare("features/rhythm", [rhythm("a")]).name.removesuffix(".parquet")
+        match kind.split():
+            case ["a", "name", *_, "kind"]:
+                stem = "zzz"
+            case ["a", "name", *_, "4"]:
+                stem = str(uuid.uuid4())
+            case ["a", "name", *_]:
+                stem = "ffffffff-ffff-7fff-bfff-ffffffffffff"
+            case ["a", "merged", *_]:
+                stem += ".merged"
+        pq.write_table(table, folder / f"{stem}.parquet")
+        names.append(f"{stem}.parquet")
+    return names
 
 
 def common(key: str, run_id: str = "run 1", at: int = 0) -> dict[str, Any]:
@@ -133,6 +192,8 @@ def value_of(column: Column, rng: random.Random) -> Any:
             return rng.random()
         case "TIMESTAMP" | "TIMESTAMPTZ":
             return START
+        case "VARCHAR" if column.name == "tags":
+            return '{"mood": "calm"}'
         case "VARCHAR":
             return f"{column.name} {rng.randrange(100)}"
         case _:

@@ -1,4 +1,4 @@
-"""What the robustness tables count, beside what was injected."""
+"""The robustness tables count exactly the faults that were injected."""
 
 from collections import Counter
 from contextlib import suppress
@@ -10,7 +10,7 @@ import pytest
 from audio_assets.extraction.cells import CellOutcome
 from audio_assets.extraction.engine import Engine
 from audio_assets.extraction.scratch import Scratch
-from audio_assets.library import Library
+from audio_assets.library.scan import Library
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.publisher import Publisher
 from audio_assets.warehouse.queries import query
@@ -35,7 +35,7 @@ Outcomes = dict[tuple[str, str], CellOutcome]
 
 @pytest.fixture
 def faulty(tmp_path: Path, own_state: None) -> tuple[Path, Outcomes]:
-    """A published run: three good files, one that extractors choke on, one that is no audio."""
+    """A published run: three good files, one that extractors fail on, one that is not audio."""
     root = tmp_path / "music"
     root.mkdir()
     for number, name in enumerate(("a.wav", "b.wav", "c.wav", "bad.wav")):
@@ -75,9 +75,9 @@ def test_tables_count_what_was_injected(faulty: tuple[Path, Outcomes]) -> None:
     assert deadly > 1
 
     [run] = rows(warehouse, "FROM robustness.runs")
-    assert (run["files"], run["cells_done"], run["cells_failed"]) == (5, 4 + 4 + 3, 2)
-    assert (run["cells_skipped"], run["cells_reused"]) == (3 + 4, 0)
-    assert run["success_rate"] == pytest.approx(11 / 13)
+    assert (run["files"], run["cells_done"], run["cells_failed"]) == (5, 4 + 4 + 3, 0)
+    assert (run["cells_quarantined"], run["cells_skipped"], run["cells_reused"]) == (5, 4, 0)
+    assert run["success_rate"] == 1
     assert (run["retries"], run["recovered_cells"]) == (2 + 1 + (deadly - 1), 2)
 
     ended = Counter(
@@ -88,12 +88,13 @@ def test_tables_count_what_was_injected(faulty: tuple[Path, Outcomes]) -> None:
         ("hanging", "failed"): 2 + 1,
         ("crashing", "succeeded"): 4,
         ("crashing", "failed"): 1,
-        ("crashing", "skipped"): 1,
+        ("crashing", "quarantined"): 1,
         ("deadly", "succeeded"): 3,
         ("deadly", "failed"): deadly,
-        ("deadly", "skipped"): 1,
+        ("deadly", "quarantined"): 2,
         ("guarded", "deferred"): 4,
-        ("guarded", "skipped"): 1,
+        ("guarded", "quarantined"): 1,
+        ("hanging", "quarantined"): 1,
     }
 
     stats = {row["feature_set"]: row for row in rows(warehouse, "FROM robustness.feature_stats")}

@@ -9,17 +9,17 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from audio_assets.warehouse.publisher import reading
+from audio_assets.warehouse.database import reading
 from tests.warehouse import processes
 from tests.warehouse.processes import CONSISTENT, Task
-from tests.warehouse.rows import attempt, landing_of, mfcc, publisher_of, rhythm
+from tests.warehouse.rows import all_rows, attempt, landing_of, mfcc, publisher_of, rhythm
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload([processes.__name__])
 
 
 class Running:
-    """A process, and what it has told."""
+    """A process and its reports."""
 
     def __init__(self, task: Task, *arguments: object) -> None:
         self._receiver: Connection
@@ -27,17 +27,17 @@ class Running:
         self._process = context.Process(target=task, args=(*arguments, sender), daemon=True)
         self._process.start()
         sender.close()
-        self.told: list[Any] = []
+        self.reported: list[Any] = []
 
     def listen(self, seconds: float = 0.0) -> list[Any]:
-        """Take in what it tells, for a time or as long as there is something."""
+        """Receive reports, for a time or as long as there are some."""
         try:
             while self._receiver.poll(seconds):
-                self.told.append(self._receiver.recv())
+                self.reported.append(self._receiver.recv())
                 seconds = 0.0
         except EOFError:
             assert self._process.exitcode in (None, -signal.SIGKILL)
-        return self.told
+        return self.reported
 
     def kill(self) -> list[Any]:
         assert self._process.is_alive(), "the process failed by itself"
@@ -45,9 +45,9 @@ class Running:
         self._process.join()
         try:
             while True:
-                self.told.append(self._receiver.recv())
+                self.reported.append(self._receiver.recv())
         except (EOFError, OSError):
-            return self.told
+            return self.reported
 
 
 @contextmanager
@@ -64,21 +64,21 @@ def published(root: Path, sql: str) -> list[Any]:
         return connection.execute(sql).fetchall()
 
 
-def test_killed_writers_lose_nothing_they_told_and_double_nothing(tmp_path: Path) -> None:
+def test_killed_writers_lose_and_duplicate_no_reported_row(tmp_path: Path) -> None:
     rng = random.Random(3)
-    told: set[tuple[str, str]] = set()
+    reported: set[tuple[str, str]] = set()
     landing = landing_of(tmp_path)
     for number in range(10):
         with running(processes.write, tmp_path, f"writer {number}") as writer:
             writer.listen(30.0)
             writer.listen(rng.uniform(0.0, 0.15))
-            told |= set(writer.kill())
+            reported |= set(writer.kill())
         for table in ("features/rhythm", "features/mfcc", "robustness/attempts"):
             landing.compact(table)
     for table in ("features/rhythm", "features/mfcc", "robustness/attempts"):
-        keys = landing.read(table, ["file_key"])["file_key"].to_pylist()
+        keys = [row["file_key"] for row in all_rows(landing, table, ["file_key"])]
         assert len(keys) == len(set(keys))
-        assert {key for name, key in told if name == table} <= set(keys)
+        assert {key for name, key in reported if name == table} <= set(keys)
 
 
 def test_killed_publishers_leave_whole_versions_and_readers_never_notice(tmp_path: Path) -> None:
@@ -117,12 +117,12 @@ def test_killed_publishers_leave_whole_versions_and_readers_never_notice(tmp_pat
         assert (answer["lies"], answer["off"]) == (0, 0)
 
     for table in ("features/rhythm", "features/mfcc", "robustness/attempts"):
-        landed = landing.read(table, ["file_key"])["file_key"].to_pylist()
-        assert len(landed) == len(set(landed)) > 8
+        written = [row["file_key"] for row in all_rows(landing, table, ["file_key"])]
+        assert len(written) == len(set(written)) > 8
         rows = [
             key for (key,) in published(tmp_path, f"SELECT file_key FROM {table.replace('/', '.')}")
         ]
-        assert sorted(rows) == sorted(landed)
+        assert sorted(rows) == sorted(written)
     [(rows, files, lies, off, _)] = published(tmp_path, CONSISTENT)
     assert (rows, lies, off) == (files, 0, 0)
     leftovers = {path.name for path in tmp_path.iterdir()}

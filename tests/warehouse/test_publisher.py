@@ -9,13 +9,14 @@ import duckdb
 import pytest
 import sqlalchemy as sa
 
+from audio_assets.defs.run_records import record_ended_runs
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
-from audio_assets.runs import record_ended_runs
-from audio_assets.warehouse import publisher as publisher_module
-from audio_assets.warehouse.publisher import Publisher, reading
+from audio_assets.warehouse import database
+from audio_assets.warehouse.database import DatabaseFile, reading
+from audio_assets.warehouse.publisher import Publisher
 from audio_assets.warehouse.schema import ATTEMPTS, FILES, feature_table
-from robustness import state
+from robustness import state_schema
 from robustness.state import StateStore
 from tests.warehouse.rows import (
     AWKWARD_KEYS,
@@ -23,6 +24,7 @@ from tests.warehouse.rows import (
     RHYTHM,
     SETS,
     START,
+    all_rows,
     attempt,
     feature_set,
     file,
@@ -31,6 +33,7 @@ from tests.warehouse.rows import (
     mfcc,
     publisher_of,
     rhythm,
+    write_foreign_parts,
 )
 
 
@@ -66,14 +69,15 @@ def test_rows_are_published_with_their_types_and_comments(tmp_path: Path) -> Non
     ]
 
 
-def test_the_latest_row_of_a_file_wins_wherever_and_whenever_it_landed(tmp_path: Path) -> None:
+def test_the_last_row_of_a_file_is_published_whenever_its_part_appears(tmp_path: Path) -> None:
     landing, publisher = landing_of(tmp_path), publisher_of(tmp_path)
     landing.append("features/rhythm", [rhythm("a", 1, at=1), rhythm("b", 1, at=5)])
-    landing.append("features/rhythm", [rhythm("a", 2, at=2), rhythm("c", 1), rhythm("c", 2)])
+    delayed = landing.prepare("features/rhythm", [rhythm("a", 2, at=9), rhythm("b", 2, at=4)])
+    landing.append("features/rhythm", [rhythm("a", 3, at=3), rhythm("c", 1), rhythm("c", 2)])
     publisher.publish()
-    landing.append("features/rhythm", [rhythm("a", 3, at=3), rhythm("b", 2, at=4)])
+    landing.save(delayed)
     publisher.publish()
-    expected = [("a", 3.0), ("b", 1.0), ("c", 2.0)]
+    expected = [("a", 3.0), ("b", 2.0), ("c", 2.0)]
     assert ask(tmp_path, "SELECT file_key, bpm FROM features.rhythm ORDER BY ALL") == expected
     (tmp_path / "warehouse.duckdb").unlink()
     publisher.publish()
@@ -230,6 +234,76 @@ def test_a_lost_or_damaged_database_is_rebuilt_whole(tmp_path: Path, damage: str
     assert ask(tmp_path, "SELECT cells_done FROM robustness.runs") == [(300,)]
 
 
+@pytest.mark.parametrize("damage", ["deleted", "updated", "logged", "overwritten", "none"])
+def test_a_database_that_was_written_to_is_made_anew(tmp_path: Path, damage: str) -> None:
+    landing, publisher = landing_of(tmp_path), publisher_of(tmp_path)
+    path = tmp_path / "warehouse.duckdb"
+    for number in range(3):
+        landing.append("features/rhythm", [rhythm(f"{number} {i}", i) for i in range(5000)])
+        publisher.publish()
+    sql = "SELECT count(*), sum(bpm) FROM features.rhythm"
+    expected = ask(tmp_path, sql)
+    match damage:
+        case "deleted":
+            with duckdb.connect(path) as connection:
+                connection.execute("DELETE FROM features.rhythm WHERE bpm < 1000")
+        case "updated":
+            with duckdb.connect(path) as connection:
+                connection.execute("UPDATE features.rhythm SET bpm = 1")
+        case "logged":
+            with duckdb.connect(path) as connection:
+                connection.execute("PRAGMA disable_checkpoint_on_shutdown")
+                connection.execute("DELETE FROM features.rhythm WHERE bpm < 1000")
+        case "overwritten":
+            middle = path.stat().st_size // 2
+            with path.open("r+b") as file:
+                file.seek(middle)
+                file.write(bytes(4096))
+    result = publisher.publish()
+    assert (result.start, result.version) == (("", 3) if damage == "none" else ("landing", 4))
+    assert ask(tmp_path, sql) == expected
+    assert not publisher.publish().published
+
+
+def test_a_previous_version_that_was_written_to_is_not_started_from(tmp_path: Path) -> None:
+    landing, publisher = landing_of(tmp_path), publisher_of(tmp_path)
+    for number in range(3):
+        landing.append("features/rhythm", [rhythm(f"file {number}")])
+        publisher.publish()
+    with duckdb.connect(tmp_path / ".warehouse.duckdb.previous") as connection:
+        connection.execute("DELETE FROM features.rhythm")
+    landing.append("features/rhythm", [rhythm("new")])
+    assert publisher.publish().start == "copy"
+    assert ask(tmp_path, "SELECT count(*) FROM features.rhythm") == [(4,)]
+
+
+def test_a_rebuild_starts_from_the_landing(tmp_path: Path) -> None:
+    landing, publisher = landing_of(tmp_path), publisher_of(tmp_path)
+    landing.append("features/rhythm", [rhythm("a")])
+    publisher.publish()
+    result = publisher.publish(rebuild=True)
+    assert (result.published, result.start, result.version) == (True, "landing", 2)
+    assert ask(tmp_path, "SELECT file_key FROM features.rhythm") == [("a",)]
+    (tmp_path / "warehouse.duckdb").write_bytes(b"damaged")
+    assert publisher.publish(rebuild=True).version == 1
+
+
+def test_foreign_parts_are_named_and_the_others_published(tmp_path: Path) -> None:
+    landing, publisher = landing_of(tmp_path), publisher_of(tmp_path)
+    landing.append("features/rhythm", [rhythm("a")])
+    foreign = [f"features/rhythm/{name}" for name in write_foreign_parts(landing, tmp_path)]
+    landing.append("features/rhythm", [rhythm("b")])
+    result = publisher.publish()
+    assert sorted(result.damaged_parts) == sorted(foreign)
+    assert ask(tmp_path, "SELECT file_key FROM features.rhythm ORDER BY ALL") == [("a",), ("b",)]
+    assert not publisher.publish().published
+    for number in range(10):
+        landing.append("features/rhythm", [rhythm(f"file {number}")])
+        publisher.publish()
+    assert len(landing.parts("features/rhythm")) < len(foreign) + 12  # merged all the same
+    assert ask(tmp_path, "SELECT count(*) FROM features.rhythm") == [(12,)]
+
+
 def test_damaged_parts_are_named_and_the_others_published(tmp_path: Path) -> None:
     landing, publisher = landing_of(tmp_path), publisher_of(tmp_path)
     landing.append("features/rhythm", [rhythm("a")])
@@ -246,7 +320,7 @@ class Crash(BaseException):
     pass
 
 
-CRASH_POINTS = ["_build", "_advance_version", "_swap_in", "hardlink", "replaced", "compact"]
+CRASH_POINTS = ["_build", "_advance_version", "swap_in", "hardlink", "replaced", "compact"]
 
 
 @pytest.mark.parametrize("point", CRASH_POINTS)
@@ -264,10 +338,12 @@ def test_a_crash_anywhere_leaves_a_whole_version(
 
     with monkeypatch.context() as patched:
         match point:
+            case "swap_in":
+                patched.setattr(DatabaseFile, "swap_in", crash)
             case "hardlink":
                 patched.setattr(Path, "replace", crash)
             case "replaced":
-                patched.setattr(publisher_module, "fsync_folder", crash)
+                patched.setattr(database, "fsync_folder", crash)
             case "compact":
                 patched.setattr(publisher._landing, "compact", crash)
             case _:
@@ -311,7 +387,7 @@ def store(tmp_path: Path) -> StateStore:
     store = StateStore(f"sqlite:///{tmp_path / 'state.db'}")
     with store.begin() as connection:
         connection.execute(
-            sa.insert(state.circuit_breakers).values(
+            sa.insert(state_schema.circuit_breakers).values(
                 name="feature:rhythm",
                 state="OPEN",
                 generation=1,
@@ -327,7 +403,7 @@ def store(tmp_path: Path) -> StateStore:
             )
         )
         connection.execute(
-            sa.insert(state.breaker_transitions).values(
+            sa.insert(state_schema.breaker_transitions).values(
                 name="feature:rhythm",
                 from_state="CLOSED",
                 to_state="OPEN",
@@ -337,7 +413,7 @@ def store(tmp_path: Path) -> StateStore:
             )
         )
         connection.execute(
-            sa.insert(state.quarantine).values(
+            sa.insert(state_schema.quarantine).values(
                 content_hash="h",
                 feature_set="rhythm",
                 file_key="it's broken",
@@ -349,16 +425,14 @@ def store(tmp_path: Path) -> StateStore:
             )
         )
         connection.execute(
-            sa.insert(state.retry_parameters).values(
+            sa.insert(state_schema.retry_parameters).values(
                 strategy="exponential", base_delay=2.0, multiplier=1.5, updated_at=epoch(0)
             )
         )
     return store
 
 
-def test_what_the_state_store_says_is_published_and_survives_a_rebuild(
-    tmp_path: Path, store: StateStore
-) -> None:
+def test_the_state_is_published_and_survives_a_rebuild(tmp_path: Path, store: StateStore) -> None:
     landing, publisher = landing_of(tmp_path), publisher_of(tmp_path, state_store=store)
     landing.append("robustness/attempts", [attempt("a")])
     publisher.publish()
@@ -368,8 +442,8 @@ def test_what_the_state_store_says_is_published_and_survives_a_rebuild(
 
     def contents() -> list[list[Any]]:
         return [
-            ask(tmp_path, f"SELECT * EXCLUDE (seen_at) FROM robustness.{table} ORDER BY ALL")
-            for table in ("circuit_breakers", "breaker_transitions", "retry_parameters")
+            ask(tmp_path, f"SELECT * EXCLUDE (seen_at, row_id) FROM robustness.{name} ORDER BY ALL")
+            for name in ("circuit_breakers", "breaker_transitions", "retry_parameters")
         ] + [ask(tmp_path, "FROM robustness.quarantine")]
 
     breakers, transitions, parameters, quarantine = contents()
@@ -388,12 +462,12 @@ def test_what_the_state_store_says_is_published_and_survives_a_rebuild(
     assert contents() == before
 
     with store.begin() as connection:
-        connection.execute(sa.delete(state.quarantine))
+        connection.execute(sa.delete(state_schema.quarantine))
     assert publisher.publish().published
     assert ask(tmp_path, "FROM robustness.quarantine") == []
 
 
-def test_end_of_a_run_that_could_not_be_landed_is_landed_later(tmp_path: Path) -> None:
+def test_the_end_of_a_run_that_could_not_be_written_is_written_later(tmp_path: Path) -> None:
     @dg.op
     def nothing() -> None: ...
 
@@ -422,7 +496,7 @@ def test_breakers_of_a_run_stay_what_they_were_at_its_end(
     landing.append("robustness/runs", [{"run_id": "run 1", "recorded_at": datetime.now(UTC)}])
     publisher.publish()
     with store.begin() as connection:
-        connection.execute(sa.update(state.circuit_breakers).values(state="CLOSED"))
+        connection.execute(sa.update(state_schema.circuit_breakers).values(state="CLOSED"))
     (tmp_path / "warehouse.duckdb").unlink()
     publisher.publish()
     assert ask(tmp_path, "SELECT state FROM robustness.circuit_breakers") == [("OPEN",)]
@@ -448,10 +522,11 @@ def test_statistics_agree_with_the_attempts_count_by_count(
                 "lost", outcome="failed", at=4, error_type="corrupt_file", severity="medium",
                 duration_s=2.0, recovery_strategy="skip_file", attempt=2,
             ),
-            attempt("waiting", outcome="deferred", at=5, duration_s=None, timeout_s=None),
-            attempt("waited", outcome="deferred", at=5, duration_s=None, timeout_s=None),
-            attempt("waited", outcome="given_up", at=6, duration_s=None, timeout_s=None),
-            attempt("barred", outcome="skipped", at=5, duration_s=None, timeout_s=None),
+            attempt("deferred", outcome="deferred", at=5, duration_s=None, timeout_s=None),
+            attempt("given up", outcome="deferred", at=5, duration_s=None, timeout_s=None),
+            attempt("given up", outcome="given_up", at=6, duration_s=None, timeout_s=None),
+            attempt("unreadable", outcome="skipped", at=5, duration_s=None, timeout_s=None),
+            attempt("lost", outcome="quarantined", at=5, duration_s=None, timeout_s=None),
             attempt("known", outcome="reused", at=5, duration_s=None, timeout_s=None),
         ],
     )  # fmt: skip
@@ -473,13 +548,14 @@ def test_statistics_agree_with_the_attempts_count_by_count(
     assert ask(
         tmp_path,
         """
-        SELECT status, files, cells_done, cells_failed, cells_skipped, cells_reused, success_rate,
-            retries, recovered_cells, fault_seconds, audio_seconds, audio_seconds_per_second
+        SELECT status, files, cells_done, cells_failed, cells_quarantined, cells_skipped,
+            cells_reused, success_rate, retries, recovered_cells, fault_seconds, audio_seconds,
+            audio_seconds_per_second
         FROM robustness.runs ORDER BY run_id
         """,
     ) == [
-        ("failure", 7, 3, 2, 2, 1, 0.6, 2, 1, 17.0, 400.0, 10.0),
-        ("unknown", 1, 1, 0, 0, 0, 1.0, 0, 0, 0.0, 200.0, 20.0),
+        ("failure", 7, 3, 1, 1, 2, 1, 0.75, 2, 1, 17.0, 400.0, 10.0),
+        ("unknown", 1, 1, 0, 0, 0, 0, 1.0, 0, 0, 0.0, 200.0, 20.0),
     ]
     assert ask(
         tmp_path,
@@ -535,7 +611,7 @@ def test_the_publisher_keeps_the_number_of_parts_bounded(tmp_path: Path) -> None
         if number % 4 == 3:
             publisher.publish()
     assert len(landing.parts("features/rhythm")) <= 24
-    assert landing.read("features/rhythm").num_rows == 60
+    assert len(all_rows(landing, "features/rhythm")) == 60
     ledger = ask(
         tmp_path,
         "SELECT count(*) FROM publishing.parts WHERE landing_table = 'features/rhythm'",

@@ -139,7 +139,8 @@ def test_status(warehouse: Path) -> None:
     now = status(warehouse)
     assert (now.version, now.files, now.gone) == (1, TRACKS + 1, 0)
     assert list(now.runs["run_id"]) == ["night 2", "night 1"]
-    assert now.missing["cells"].sum() == len(SETS)
+    assert list(now.missing["files"]) == [1, 1]
+    assert sum(len(names.split(", ")) for names in now.missing["feature_sets"]) == len(SETS)
 
 
 def test_errors_are_plain(warehouse: Path, tmp_path: Path) -> None:
@@ -160,3 +161,72 @@ def test_the_present_version_is_asked_even_where_an_older_one_is_open(tmp_path: 
         landing.append("features/rhythm", [rhythm("b")])
         publisher.publish()
         assert len(query(path, "FROM features.rhythm")) == 2
+
+
+DENIED = [
+    "DELETE FROM features.rhythm",
+    "USE memory; DETACH warehouse; ATTACH '{path}' AS w; DELETE FROM w.features.rhythm",
+    "ATTACH '{path}' AS w (READ_WRITE)",
+    "ATTACH '{path}.new' AS w",
+    "COPY (SELECT 1) TO '{path}'",
+    "COPY (SELECT 1) TO '{path}' (USE_TMP_FILE false)",
+    "COPY (SELECT 1) TO '{path}.wal'",
+    "COPY (SELECT 1) TO '{path}.csv'",
+    "EXPLAIN ANALYZE COPY (SELECT 1) TO '{path}.csv'",
+    "PREPARE p AS COPY (SELECT 1) TO '{path}.csv'; EXECUTE p",
+    "EXPORT DATABASE '{path}.export'",
+    "CALL enable_logging(storage = 'file', storage_config = {{'path': '{path}.logs'}})",
+    "PRAGMA enable_profiling = 'json'; SET profiling_output = '{path}.json'; SELECT 1",
+    "FROM read_text('/etc/passwd')",
+    "FROM read_blob('{path}')",
+    "FROM read_csv('/etc/passwd', sep = ':')",
+    "FROM '/etc/passwd'",
+    "FROM glob('/etc/*')",
+    "SELECT getenv('HOME')",
+    "FROM frame_of_python",
+    "INSTALL httpfs",
+    "LOAD httpfs",
+    "FROM read_parquet('http://127.0.0.1:9/a.parquet')",
+    "SET lock_configuration = false",
+    "SET enable_external_access = true",
+    "RESET enable_external_access; FROM read_text('/etc/passwd')",
+    "RESET disabled_filesystems; FROM read_text('/etc/passwd')",
+    "SET allowed_directories = ['/']",
+    "SET temp_directory = '/'",
+]
+
+
+@pytest.mark.parametrize("sql", DENIED)
+def test_a_query_reaches_nothing_but_the_database_and_cannot_write_to_it(
+    warehouse: Path, sql: str
+) -> None:
+    frame_of_python = pd.DataFrame({"secret": [1]})
+    before, contents = sorted(warehouse.parent.iterdir()), warehouse.read_bytes()
+    with pytest.raises(QueryError):
+        query(warehouse, sql.format(path=warehouse))
+    assert sorted(warehouse.parent.iterdir()) == before
+    assert warehouse.read_bytes() == contents
+    assert len(frame_of_python) == 1
+
+
+def test_a_query_may_use_memory(warehouse: Path) -> None:
+    sql = "CREATE TABLE memory.t AS FROM features.rhythm; SELECT count(*) AS n FROM memory.t"
+    assert query(warehouse, sql)["n"][0] == TRACKS
+
+
+def test_a_damaged_database_is_named_with_its_remedy(warehouse: Path, tmp_path: Path) -> None:
+    contents = bytearray(warehouse.read_bytes())
+    contents[12288:] = bytes(len(contents) - 12288)
+    path = tmp_path / "warehouse.duckdb"
+    for damaged in (contents, contents[:20_000], b"", b"no database" * 10_000):
+        path.write_bytes(damaged)
+        for ask in (status, lambda path: query(path, "SELECT sum(bpm) FROM features.rhythm")):
+            with pytest.raises(QueryError, match="audio-assets publish --rebuild"):
+                ask(path)
+    path.unlink()
+    duckdb.connect(str(path)).close()
+    with pytest.raises(QueryError, match="audio-assets publish --rebuild"):
+        status(path)
+    with pytest.raises(QueryError) as wrong_sql:
+        query(warehouse, "FROM nothing")
+    assert "rebuild" not in str(wrong_sql.value)

@@ -1,4 +1,4 @@
-"""What docs/querying.md shows, done to the letter."""
+"""Runs the examples of docs/querying.md as they are written."""
 
 import re
 import shutil

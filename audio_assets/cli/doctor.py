@@ -1,0 +1,546 @@
+"""`audio-assets doctor`: checks all that an installation needs, and says what to fix.
+
+Each check runs in its own process with a deadline, so that a library that crashes or a mount that
+hangs fails only its own check.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import TypeAlias
+
+TIMEOUT_S = 120.0
+"""Deadline of a check (s): on a slow machine the imports alone take a minute."""
+
+MIN_WORKER_MIB = 512
+"""A worker needs about this for its imports and one decoded track (MiB)."""
+
+ROOMY_WORKER_MIB = 1024
+"""With less than this for a worker the check warns (MiB)."""
+
+MIN_FREE_MIB = 512
+COUNTING_S = 5.0
+"""Time for counting the files of a root (s)."""
+
+_MIB = 2**20
+
+
+class Verdict(StrEnum):
+    """The result of a check."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Parameters
+    ----------
+    check : str
+        What was checked.
+    verdict : Verdict
+        The result.
+    found : str
+        What was found.
+    advice : str
+        What to do; empty if the verdict is OK.
+    """
+
+    check: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+class CheckError(Exception):
+    """A check failed; parameters as in `Finding`."""
+
+    def __init__(self, found: str, advice: str) -> None:
+        super().__init__(found)
+        self.advice = advice
+
+
+_Found: TypeAlias = Iterator[str | Finding]
+"""A check yields findings and, before a step that may hang, a name for that step."""
+
+
+def check_settings() -> None:
+    """Check the environment variables.
+
+    Raises
+    ------
+    CheckError
+        If some are invalid; it names them.
+    """
+    from pydantic import ValidationError
+
+    from audio_assets.settings import AudioAssetsSettings
+    from robustness.settings import RobustnessSettingsError, get_settings
+
+    try:
+        AudioAssetsSettings()
+        get_settings()
+    except (ValidationError, RobustnessSettingsError) as error:
+        found = " ".join(str(error).split())
+        if isinstance(error, ValidationError):
+            problems = error.errors(include_url=False, include_input=False)
+            found = "; ".join(": ".join([*map(str, p["loc"]), p["msg"]]) for p in problems)
+        raise CheckError(found, "correct these environment variables") from None
+
+
+def _check_settings() -> _Found:
+    from audio_assets.library.roots import library_roots
+    from audio_assets.settings import get_settings
+
+    check_settings()
+    try:
+        library_roots()
+    except ValueError as error:
+        raise CheckError(str(error), "correct AUDIO_LIBRARY, or the file that it names") from None
+    settings = get_settings()
+    yield _ok("settings", f"{settings.workers} workers, {settings.batch_size} files per run")
+
+
+def _check_decoders() -> _Found:
+    import numpy as np
+    import soundfile
+
+    from audio_assets.audio.decode import DecoderName, decode
+
+    advice = "reinstall (make clean, make run): a wheel does not fit this machine"
+    tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(22050) / 44100)
+    decoders: tuple[DecoderName, ...] = ("av", "soundfile")
+    with tempfile.TemporaryDirectory() as directory:
+        for decoder in decoders:
+            for container in ("WAV", "FLAC", "OGG", "MP3"):
+                path = Path(directory) / f"{decoder}.{container.lower()}"
+                soundfile.write(path, tone, 44100, format=container)
+                source = decode(path, path.with_suffix(".pcm"), decoder=decoder)
+                if not 0.4 < source.duration_s < 0.7:
+                    raise CheckError(
+                        f"{decoder} decodes {source.duration_s:.2f} s of a 0.5 s {container} file",
+                        advice,
+                    )
+    yield _ok("decoders", "av and soundfile decode WAV, FLAC, Ogg Vorbis and MP3")
+
+
+def _check_essentia() -> _Found:
+    import numpy as np
+
+    from audio_assets.features.essentia_library import essentia
+
+    standard = essentia()
+    noise = np.random.default_rng(0).uniform(-1, 1, 2048).astype(np.float32)
+    centroid = standard.Centroid()(standard.Spectrum()(noise))
+    if not 0 < centroid < 1:
+        raise CheckError(f"the spectral centroid of noise is {centroid}", _REINSTALL)
+    yield _ok("essentia", "computes")
+
+
+def _check_librosa() -> _Found:
+    import librosa
+    import numpy as np
+
+    noise = np.random.default_rng(0).uniform(-1, 1, 22050).astype(np.float32)
+    if not np.isfinite(librosa.feature.spectral_centroid(y=noise, sr=22050)).all():
+        raise CheckError("the spectral centroid of noise is not finite", _REINSTALL)
+    yield _ok("librosa", "computes")
+
+
+def _check_models() -> _Found:
+    import numpy as np
+
+    from audio_assets.features.musicnn_network import load_network
+
+    patch = np.zeros((187, 96), np.float32)
+    for model in ("MSD_musicnn", "MTT_musicnn"):
+        activations, _ = load_network(model).run(patch)
+        if not np.isfinite(activations).all():
+            raise CheckError(f"{model} returns values that are not finite", _REINSTALL)
+    yield _ok("models", "MSD_musicnn and MTT_musicnn load and run")
+
+
+def _check_feature_sets() -> _Found:
+    from audio_assets.features import BROKEN_FEATURE_SETS, FEATURE_SETS
+
+    yield _ok("feature sets", ", ".join(FEATURE_SETS))
+    for broken in BROKEN_FEATURE_SETS:
+        yield _warning(
+            "feature sets",
+            f"{broken.name!r} of the package {broken.distribution} is left out: {broken.reason}",
+            "correct this package, or uninstall it",
+        )
+
+
+def _check_dagster() -> _Found:
+    import dagster as dg
+
+    from audio_assets.settings import get_settings
+
+    home = get_settings().dagster_home
+    advice = f"set DAGSTER_HOME to a directory that can be written to, or repair {home}"
+    yield f"DAGSTER_HOME {home}"
+    _try_writing(home, advice)
+    if not (home / "dagster.yaml").exists():
+        yield _warning(
+            "dagster.yaml",
+            f"{home} has none: runs are not limited",
+            "copy the project's dagster_home/dagster.yaml there",
+        )
+    try:
+        with dg.DagsterInstance.from_config(str(home)) as instance:
+            instance.get_runs(limit=1)
+            partitions = len(instance.get_dynamic_partitions("audio_files"))
+            limits = instance.get_concurrency_config()
+    except Exception as error:  # noqa: BLE001 - Dagster and its storages raise many types
+        raise CheckError(
+            f"the instance in {home} does not load: {_first_line(error)}",
+            f"correct {home}/dagster.yaml, or copy the project's own",
+        ) from None
+    pool = limits.pool_config.default_pool_limit
+    yield _ok(
+        "Dagster", f"{home}, {partitions} partitions, extraction runs at a time: {pool or 'any'}"
+    )
+
+
+def _check_state() -> _Found:
+    import sqlalchemy as sa
+
+    from robustness.settings import get_settings
+    from robustness.state_schema import SCHEMA_REVISION
+
+    text = get_settings().state_url
+    if text is None:
+        raise CheckError("there is none", "set DAGSTER_HOME or ROBUSTNESS_STATE_URL")
+    url = sa.make_url(text)
+    shown = url.render_as_string(hide_password=True)
+    yield f"state store {shown}"
+    arguments = {}
+    if url.get_backend_name() == "sqlite":
+        path = Path(url.database or "")
+        if not path.exists():
+            _try_writing(path.parent, "set ROBUSTNESS_STATE_URL to a writable place")
+            yield _ok("state store", f"{shown} is created by the first run")
+            return
+    else:
+        url = url.set(drivername="postgresql+psycopg")
+        arguments = {"connect_timeout": 10}
+    try:
+        engine = sa.create_engine(url, connect_args=arguments)
+        with engine.connect() as connection:
+            if connection.dialect.name == "sqlite":
+                verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
+                if verdict != "ok":
+                    raise CheckError(f"{shown} is damaged: {verdict}", _DAMAGED_STATE)
+            revision = None
+            if sa.inspect(connection).has_table("alembic_version"):
+                revision = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
+                connection.execute(sa.text("UPDATE alembic_version SET version_num = version_num"))
+            connection.rollback()
+    except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
+        what = str(getattr(error, "orig", None) or error)
+        damaged = "malformed" in what or "not a database" in what
+        raise CheckError(
+            f"{shown}: {_first_line(what)}",
+            _DAMAGED_STATE if damaged else "check that it is reachable and writable",
+        ) from None
+    if revision != SCHEMA_REVISION:
+        yield _warning(
+            "state store",
+            f"{shown} has schema {revision}, not {SCHEMA_REVISION}",
+            "the next run migrates it; if a newer version of the project wrote it, upgrade",
+        )
+        return
+    yield _ok("state store", f"{shown}, schema {revision}")
+
+
+def _check_warehouse() -> _Found:
+    import duckdb
+    from filelock import FileLock, Timeout
+
+    from audio_assets.settings import get_settings
+    from audio_assets.warehouse.database import reading
+
+    path = get_settings().warehouse.absolute()
+    yield f"warehouse {path}"
+    _try_writing(path.parent, "set AUDIO_WAREHOUSE to a writable place")
+    try:
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
+            lock = ""
+    except Timeout:
+        lock = ", being published to right now"
+    if not path.exists():
+        yield _ok("warehouse", f"{path} is created by the first run{lock}")
+        return
+    try:
+        with reading(path) as connection:
+            ((version, files),) = connection.execute(
+                "SELECT version, (SELECT count(*) FROM library.files) FROM publishing.version"
+            ).fetchall()
+    except (duckdb.Error, ValueError) as error:
+        raise CheckError(
+            f"{path} cannot be read: {_first_line(error)}",
+            "run `audio-assets publish --rebuild`, which makes it anew from the landing",
+        ) from None
+    yield _ok("warehouse", f"{path}, version {version}, {files} files{lock}")
+
+
+def try_home_and_landing() -> None:
+    """Write to Dagster's home and to the landing, as a run will have to.
+
+    Raises
+    ------
+    CheckError
+        If one of them cannot be written to.
+    """
+    from audio_assets.settings import get_settings
+
+    _try_writing(get_settings().dagster_home, "set DAGSTER_HOME to a writable directory")
+    _try_landing()
+
+
+def _try_landing() -> Path | None:
+    """Write to the landing, and return its directory if it is local."""
+    import fsspec
+    from fsspec.implementations.local import LocalFileSystem
+
+    from audio_assets.settings import get_settings
+
+    url = get_settings().landing
+    advice = "set AUDIO_LANDING to a writable place"
+    try:
+        filesystem, root = fsspec.core.url_to_fs(url)
+        if isinstance(filesystem, LocalFileSystem):
+            _try_writing(Path(root), advice)
+            return Path(root)
+        probe = f"{root.rstrip('/')}/.doctor"
+        filesystem.pipe_file(probe, b"probe")
+        filesystem.rm_file(probe)
+    except CheckError:
+        raise
+    except Exception as error:  # noqa: BLE001 - each file system raises its own types
+        raise CheckError(f"{url}: {_first_line(error)}", advice) from None
+    return None
+
+
+def _check_landing() -> _Found:
+    from audio_assets.settings import get_settings
+
+    url = get_settings().landing
+    yield f"landing {url}"
+    if directory := _try_landing():
+        yield from _space("landing", directory, MIN_FREE_MIB)
+    else:
+        yield _ok("landing", f"{url} is writable")
+
+
+def _check_scratch() -> _Found:
+    from audio_assets.settings import get_settings
+
+    settings = get_settings()
+    yield f"scratch {settings.scratch}"
+    _try_writing(settings.scratch, "set AUDIO_SCRATCH to a writable place")
+    yield from _space("scratch", settings.scratch, settings.audio_scratch_mib)
+
+
+def _check_memory() -> _Found:
+    import psutil
+
+    from audio_assets.settings import get_settings
+    from robustness.memory import available_memory_mib, memory_limit_mib, worker_budget_mib
+    from robustness.settings import get_settings as get_robustness_settings
+
+    workers = get_settings().workers
+    machine, limit = psutil.virtual_memory().total / _MIB, memory_limit_mib()
+    budget = get_robustness_settings().worker_memory_mib or worker_budget_mib(workers)
+    found = (
+        f"{machine:.0f} MiB, {available_memory_mib():.0f} available"
+        + (f", limited to {limit:.0f} by the control group" if limit < machine - 1 else "")
+        + f"; {budget:.0f} MiB for each of {workers} workers"
+    )
+    advice = "lower AUDIO_ASSETS_WORKERS, or give the machine more memory"
+    if budget < MIN_WORKER_MIB:
+        raise CheckError(found, advice)
+    roomy = budget >= ROOMY_WORKER_MIB
+    yield _ok("memory", found) if roomy else _warning("memory", found, advice)
+
+
+def _check_library() -> _Found:
+    from audio_assets.library.roots import library_roots
+
+    yield "the library's roots"
+    roots = library_roots()
+    if not roots:
+        advice = "set AUDIO_LIBRARY, or run `audio-assets scan DIRECTORY`"
+        yield _warning("library", "no directory is known", advice)
+    for name, root in roots.items():
+        yield f"library root {name!r} ({root})"
+        yield _root_finding(name, root)
+
+
+def _root_finding(name: str, root: Path) -> Finding:
+    from audio_assets.library.formats import AUDIO_EXTENSIONS
+
+    check = f"library {name}"
+    count = 0
+    until = time.monotonic() + COUNTING_S
+    try:
+        os.scandir(root).close()
+    except OSError as error:
+        advice = "mount it, or correct AUDIO_LIBRARY; until then it is unreachable"
+        return Finding(check, Verdict.FAILED, f"{root}: {error.strerror}", advice)
+    for _, _, names in os.walk(root):
+        count += sum(Path(name).suffix.lower() in AUDIO_EXTENSIONS for name in names)
+        if time.monotonic() > until:
+            return _ok(check, f"{root}: more than {count} files of audio formats")
+    if not count:
+        return _warning(check, f"{root}: no audio file", "is it mounted? is it the right one?")
+    return _ok(check, f"{root}: {count} files of audio formats")
+
+
+CHECKS: dict[str, Callable[[], _Found]] = {
+    "settings": _check_settings,
+    "decoders": _check_decoders,
+    "essentia": _check_essentia,
+    "librosa": _check_librosa,
+    "models": _check_models,
+    "feature sets": _check_feature_sets,
+    "Dagster": _check_dagster,
+    "state store": _check_state,
+    "warehouse": _check_warehouse,
+    "landing": _check_landing,
+    "scratch": _check_scratch,
+    "memory": _check_memory,
+    "library": _check_library,
+}
+
+_WITHOUT_SETTINGS = ("decoders", "essentia", "librosa", "models", "feature sets")
+_REINSTALL = "reinstall: make clean, then make run"
+_DAMAGED_STATE = (
+    "nothing, if it is an SQLite file: the next run moves it aside and creates a new one"
+)
+
+
+def diagnose(timeout_s: float = TIMEOUT_S) -> Iterator[Finding]:
+    """Run all checks.
+
+    Parameters
+    ----------
+    timeout_s : float
+        Deadline of a check (s).
+
+    Yields
+    ------
+    Finding
+        In the order of `CHECKS`.
+    """
+    settings = _run_check("settings", timeout_s)
+    yield from settings
+    if any(finding.verdict is Verdict.FAILED for finding in settings):
+        names = list(_WITHOUT_SETTINGS)  # the others would only repeat the failure
+    else:
+        names = [name for name in CHECKS if name != "settings"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for findings in pool.map(lambda name: _run_check(name, timeout_s), names):
+            yield from findings
+
+
+def _run_check(name: str, timeout_s: float) -> list[Finding]:
+    """Run a check in its own process, without waiting for it after a kill."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "audio_assets.cli.doctor", name],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        stdin=subprocess.DEVNULL,
+    )
+    problem = None
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired as expired:
+        process.kill()
+        output = expired.stdout or b""
+        problem = f"no answer within {timeout_s:.0f} s"
+    else:
+        if process.returncode:
+            problem = f"the check's process ended with status {process.returncode}"
+    findings, step = [], name
+    for line in output.decode().splitlines():
+        result = json.loads(line)
+        if isinstance(result, str):
+            step = result
+        else:
+            findings.append(Finding(**{**result, "verdict": Verdict(result["verdict"])}))
+    if problem:
+        advice = "is it on a mount that does not answer?" if step != name else _REINSTALL
+        findings.append(Finding(name, Verdict.FAILED, f"{step}: {problem}", advice))
+    return findings
+
+
+def _ok(check: str, found: str) -> Finding:
+    return Finding(check, Verdict.OK, found)
+
+
+def _warning(check: str, found: str, advice: str) -> Finding:
+    return Finding(check, Verdict.WARNING, found, advice)
+
+
+def _try_writing(directory: Path, advice: str) -> None:
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(b"probe")
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise CheckError(f"{directory} is not writable: {error.strerror}", advice) from None
+
+
+def _space(check: str, directory: Path, wanted_mib: float) -> Iterator[Finding]:
+    import psutil
+
+    free = psutil.disk_usage(str(directory)).free / _MIB
+    found = f"{directory}, {free:.0f} MiB free"
+    if free < MIN_FREE_MIB:
+        raise CheckError(found, "free space on this disk")
+    if free < wanted_mib:
+        advice = f"up to {wanted_mib:.0f} MiB are needed: free space, or lower AUDIO_SCRATCH_MIB"
+        yield _warning(check, found, advice)
+    else:
+        yield _ok(check, found)
+
+
+def _first_line(error: object) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _main(name: str) -> None:
+    results = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # libraries print to stdout
+
+    def report(result: str | Finding) -> None:
+        results.write(json.dumps(result if isinstance(result, str) else asdict(result)) + "\n")
+        results.flush()
+
+    try:
+        for result in CHECKS[name]():
+            report(result)
+    except CheckError as error:
+        report(Finding(name, Verdict.FAILED, str(error), error.advice))
+    except Exception as error:  # noqa: BLE001 - any error is a finding
+        found = f"{type(error).__name__}: {_first_line(error)}"
+        report(Finding(name, Verdict.FAILED, found, _REINSTALL))
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1])

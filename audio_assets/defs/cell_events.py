@@ -1,0 +1,206 @@
+"""Dagster events of cells: a materialization with values and a picture, or a failure."""
+
+import hashlib
+import logging
+import shlex
+from collections.abc import Sequence
+
+import dagster as dg
+
+from audio_assets.extraction.cells import CellOutcome
+from audio_assets.features.base import FeatureSet, Row
+from audio_assets.features.pictures import markdown
+from audio_assets.library.text import plain_markdown, printable
+from robustness.error_classifier import ErrorInfo, ErrorType
+
+FAILURES_NAMED = 5
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPT_COLUMNS = (
+    "attempt",
+    "outcome",
+    "error_type",
+    "message",
+    "extractor",
+    "timeout_s",
+    "duration_s",
+    "peak_memory_mib",
+    "recovery_strategy",
+)
+
+_REPLACE_FILE = "Repair or replace the file: a changed file is tried again."
+_ADVICE = {
+    ErrorType.CORRUPT_FILE: _REPLACE_FILE,
+    ErrorType.UNSUPPORTED_FORMAT: _REPLACE_FILE,
+    ErrorType.TIMEOUT: "Try again when the machine is less busy. If the computation really takes "
+    "that long on this machine, raise TIMEOUT_MAX_DELAY.",
+    ErrorType.MEMORY: "Lower AUDIO_ASSETS_WORKERS, or give the machine more memory.",
+    ErrorType.FILE_SYSTEM: "Check that the file exists and is readable, and that the disk has free "
+    "space.",
+    ErrorType.PERMISSION: "Give the user that runs Dagster permission to read the file.",
+    ErrorType.SYSTEM_RESOURCE: "Run `audio-assets status` to see open breakers and their errors.",
+}
+
+
+def materialization(
+    key: dg.AssetKey, feature_set: FeatureSet, outcome: CellOutcome
+) -> dg.AssetMaterialization:
+    """Return the materialization of a computed, reused or copied cell.
+
+    Parameters
+    ----------
+    key : AssetKey
+        The feature set's asset.
+    feature_set : FeatureSet
+        The feature set, which defines the values to show.
+    outcome : CellOutcome
+        An outcome with a row.
+    """
+    row = outcome.row or {}
+    metadata: dict[str, dg.MetadataValue] = {}
+    if svg := _picture(feature_set, row):
+        metadata["picture"] = dg.MetadataValue.md(markdown(svg, feature_set.name))
+    metadata |= {
+        name: dg.MetadataValue.float(float(row[name]))
+        for name in feature_set.plotted
+        if row[name] is not None
+    }
+    metadata[feature_set.headline] = _metadata_value(row[feature_set.headline])
+    metadata["extractor"] = dg.MetadataValue.text(row["extractor"])
+    metadata["status"] = dg.MetadataValue.text(outcome.status.value)
+    metadata["audio_s"] = dg.MetadataValue.float(outcome.audio_s)
+    metadata["attempts"] = dg.MetadataValue.int(outcome.attempts)
+    if outcome.recoveries:
+        metadata["recoveries"] = dg.MetadataValue.text(", ".join(outcome.recoveries))
+    version = f"{row['content_hash']} {row['code_version']} {row['extractor']}"
+    return dg.AssetMaterialization(
+        key,
+        partition=outcome.file_key,
+        metadata=metadata,
+        tags={"dagster/data_version": hashlib.sha256(version.encode()).hexdigest()[:32]},
+    )
+
+
+def _picture(feature_set: FeatureSet, row: Row) -> str | None:
+    try:
+        return feature_set.picture(row) if feature_set.picture else None
+    except Exception:  # the values count without it
+        logger.warning("The picture of %s failed", feature_set.name, exc_info=True)
+        return None
+
+
+def _metadata_value(value: object) -> dg.MetadataValue:
+    match value:
+        case None:
+            return dg.MetadataValue.null()
+        case int() | float():
+            return dg.MetadataValue.float(float(value))
+        case _:
+            return dg.MetadataValue.text(printable(str(value)))
+
+
+def observation(key: dg.AssetKey, outcome: CellOutcome) -> dg.AssetObservation:
+    """Return the observation of a failed cell: what happened and what to do.
+
+    Parameters
+    ----------
+    key : AssetKey
+        The feature set's asset.
+    outcome : CellOutcome
+        An outcome with an error.
+    """
+    error = error_of(outcome)
+    metadata: dict[str, dg.MetadataValue] = {
+        "reason": dg.MetadataValue.text(printable(error.message)),
+        "error_type": dg.MetadataValue.text(error.error_type.value),
+        "severity": dg.MetadataValue.text(error.severity.value),
+        "what_to_do": dg.MetadataValue.text(advice(error, outcome.file_key)),
+        "recoveries": dg.MetadataValue.text(", ".join(outcome.recoveries) or "none"),
+    }
+    if outcome.history:
+        metadata["attempts"] = _table(
+            [
+                {name: _shown(attempt.get(name)) for name in _ATTEMPT_COLUMNS}
+                for attempt in outcome.history
+            ]
+        )
+    return dg.AssetObservation(
+        key,
+        partition=outcome.file_key,
+        description=plain_markdown(f"failed: {error.message}"),
+        metadata=metadata,
+    )
+
+
+def _shown(value: object) -> object:
+    if isinstance(value, str):
+        return printable(value)
+    return round(value, 2) if isinstance(value, float) else value
+
+
+def advice(error: ErrorInfo, file_key: str) -> str:
+    """Return what a person can do about a failed cell.
+
+    Parameters
+    ----------
+    error : ErrorInfo
+        Why it failed.
+    file_key : str
+        The file.
+    """
+    release = f"audio-assets quarantine release {shlex.quote(file_key)}"
+    again = f"To retry the file as it is: {release}, then materialize this partition."
+    return f"{_ADVICE.get(error.error_type, '')} {again}".lstrip()
+
+
+def error_of(outcome: CellOutcome) -> ErrorInfo:
+    """Return why a cell failed.
+
+    Raises
+    ------
+    ValueError
+        If the outcome has no error.
+    """
+    if outcome.error is None:
+        raise ValueError(f"{outcome.file_key}: a failed cell must have an error")
+    return outcome.error
+
+
+def failure(failed: Sequence[CellOutcome], total: int) -> dg.Failure:
+    """Return the failure of a step, with the files that failed and why.
+
+    Parameters
+    ----------
+    failed : sequence of CellOutcome
+        The failed cells, at least one.
+    total : int
+        Number of files of the batch.
+    """
+    named = [
+        f"{cell.file_key}: {printable(error_of(cell).message)}" for cell in failed[:FAILURES_NAMED]
+    ]
+    more = [f"and {len(failed) - FAILURES_NAMED} more"] if len(failed) > FAILURES_NAMED else []
+    return dg.Failure(
+        description="\n".join([f"{len(failed)} of {total} files failed", *named, *more]),
+        metadata={
+            "failed_files": _table(
+                [
+                    {
+                        "file": cell.file_key,
+                        "error_type": error_of(cell).error_type.value,
+                        "reason": printable(error_of(cell).message),
+                    }
+                    for cell in failed
+                ]
+            )
+        },
+        allow_retries=False,
+    )
+
+
+def _table(records: Sequence[Row]) -> dg.TableMetadataValue:
+    return dg.TableMetadataValue(
+        records=[dg.TableRecord(record) for record in records],
+        schema=dg.TableSchema([dg.TableColumn(name) for name in records[0]]),
+    )

@@ -1,0 +1,302 @@
+"""Asset checks of the published tables: finite, complete, fresh, and the success rate."""
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import dagster as dg
+from duckdb import DuckDBPyConnection
+
+from audio_assets.defs.partitions import asset_key
+from audio_assets.defs.robustness_tables import (
+    last_reported,
+    runs_to_report,
+    table_figures,
+    table_key,
+)
+from audio_assets.features import FEATURE_SETS
+from audio_assets.features.base import Column, FeatureSet
+from audio_assets.settings import get_settings
+from audio_assets.warehouse import open_landing, publish
+from audio_assets.warehouse.database import reading
+from audio_assets.warehouse.landing import CorruptPartError, Landing, written_at
+from audio_assets.warehouse.schema import RUNS, Table, feature_table, quoted
+
+MIN_SUCCESS_RATE = 0.95
+"""The check `success_rate` warns unless more than this share of the cells succeeded."""
+
+MAX_LAG = timedelta(minutes=5)
+"""The check `fresh` warns of parts that are older than this and not published."""
+
+FILES_NAMED = 5
+
+
+@dataclass
+class _Cells:
+    """The file keys of a feature set's cells, by what Dagster and the database know."""
+
+    materialized: set[str]
+    rows: set[str]
+    unpublished: set[str] = field(default_factory=set)
+    unfinished: set[str] = field(default_factory=set)
+
+    @property
+    def without_row(self) -> set[str]:
+        return self.materialized - self.rows - self.unpublished
+
+    @property
+    def not_materialized(self) -> set[str]:
+        return self.rows - self.materialized - self.unfinished
+
+
+@dg.multi_asset_check(
+    name="published_tables",
+    specs=[
+        dg.AssetCheckSpec(
+            "success_rate",
+            asset=table_key(RUNS),
+            description=f"More than {MIN_SUCCESS_RATE:.0%} of the cells that the last runs tried "
+            "succeeded; cells that their file makes impossible do not count",
+        ),
+        *(
+            dg.AssetCheckSpec(name, asset=asset_key(feature_set), description=description)
+            for feature_set in FEATURE_SETS
+            for name, description in (
+                ("finite", "No value in the table is NaN or infinite"),
+                ("complete", "The table has a row for each materialized file, and no other row"),
+                ("fresh", "The table has all rows that were written more than five minutes ago"),
+            )
+        ),
+    ],
+    can_subset=True,
+)
+def published_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+    """Check the published tables.
+
+    In a run that computes features Dagster skips this step, as their ops yield no output; the
+    job `robustness_stats` runs it afterwards.
+    """
+    warehouse = get_settings().warehouse
+    if not warehouse.exists():
+        publish()
+    landing = open_landing()
+    selected = context.selected_asset_check_keys
+    # Ask Dagster first: rows may be written after this, but none can go missing.
+    asked_at = datetime.now(UTC)
+    materialized = {
+        name: context.instance.get_materialized_partitions(asset_key(name))
+        for name in FEATURE_SETS
+        if dg.AssetCheckKey(asset_key(name), "complete") in selected
+    }
+    with reading(warehouse) as connection:
+        for key in sorted(selected):
+            feature_set = FEATURE_SETS.get(key.asset_key.path[-1])
+            match key.name, feature_set:
+                case "finite", FeatureSet():
+                    result = _check_finite(connection, feature_set)
+                case "complete", FeatureSet():
+                    cells = _cells(
+                        context.instance, connection, landing, feature_set,
+                        materialized[feature_set.name], asked_at,
+                    )  # fmt: skip
+                    result = _check_complete(connection, feature_set, cells)
+                case "fresh", FeatureSet():
+                    result = _check_fresh(connection, landing, feature_set)
+                case _:
+                    result = _check_success_rate(context.instance, connection)
+            yield result._replace(asset_key=key.asset_key, check_name=key.name)
+
+
+def _check_success_rate(
+    instance: dg.DagsterInstance, connection: DuckDBPyConnection
+) -> dg.AssetCheckResult:
+    """Check the success rate of the runs that were reported last."""
+    reported = last_reported(instance, "run_ids")
+    runs = str(reported.value).split(", ") if reported else runs_to_report(connection, None)[0]
+    figures = table_figures(connection, RUNS, runs)
+    rate = figures.get("success_rate")
+    failing = connection.execute(
+        """
+        SELECT file_key, any_value(message) FROM (
+            FROM robustness.attempts WHERE list_contains(?, run_id)
+            QUALIFY row_id = max(row_id) OVER (PARTITION BY run_id, file_key, feature_set)
+        )
+        WHERE outcome IN ('failed', 'given_up')
+        GROUP BY file_key ORDER BY count(*) DESC, file_key LIMIT ?
+        """,
+        [runs, FILES_NAMED],
+    ).fetchall()
+    return dg.AssetCheckResult(
+        passed=rate is None or rate > MIN_SUCCESS_RATE,
+        severity=dg.AssetCheckSeverity.WARN,
+        description="No cell was tried"
+        if rate is None
+        else f"{rate:.1%} of the cells tried succeeded",
+        metadata={
+            name: figures[name]
+            for name in ("success_rate", "cells_failed", "cells_quarantined")
+            if name in figures
+        }
+        | {f"failed: {file_key}": message or "" for file_key, message in failing},
+    )
+
+
+def _check_finite(connection: DuckDBPyConnection, feature_set: FeatureSet) -> dg.AssetCheckResult:
+    tests = {
+        column.name: test
+        for column in feature_table(feature_set).columns
+        if (test := _is_not_finite(column))
+    }
+    if not tests:
+        return dg.AssetCheckResult(passed=True, metadata={"bad_rows": 0})
+    counts = ", ".join(f"count(*) FILTER ({test})" for test in tests.values())
+    [[bad, files, *by_column]] = connection.execute(
+        f"SELECT count(*), list(file_key ORDER BY file_key)[:{FILES_NAMED}], {counts} "
+        f"FROM {feature_table(feature_set).sql_name} WHERE {' OR '.join(tests.values())}"
+    ).fetchall()
+    columns = [name for name, count in zip(tests, by_column, strict=True) if count]
+    return dg.AssetCheckResult(
+        passed=not bad,
+        severity=dg.AssetCheckSeverity.ERROR,
+        description=f"{bad} files have NaN or infinity in {', '.join(columns)}" if bad else None,
+        metadata={"bad_rows": bad} | ({"files": ", ".join(files)} if bad else {}),
+    )
+
+
+def _is_not_finite(column: Column) -> str | None:
+    """Return the SQL that finds NaN and infinity in a column, if its type has them."""
+    name = quoted(column.name)
+    if "DOUBLE" not in column.type and "FLOAT" not in column.type:
+        return None
+    if column.type.startswith("MAP"):
+        name = f"map_values({name})"
+    elif not column.type.endswith("]"):
+        return f"NOT isfinite({name})"
+    # DuckDB sorts NaN above infinity: one of the two extremes is not finite.
+    return f"(NOT isfinite(list_max({name}::DOUBLE[])) OR NOT isfinite(list_min({name}::DOUBLE[])))"
+
+
+def _cells(
+    instance: dg.DagsterInstance,
+    connection: DuckDBPyConnection,
+    landing: Landing,
+    feature_set: FeatureSet,
+    materialized: set[str],
+    asked_at: datetime,
+) -> _Cells:
+    table = feature_table(feature_set)
+    rows = connection.execute(f"SELECT file_key FROM {table.sql_name}").fetchall()
+    cells = _Cells(materialized, {file_key for (file_key,) in rows})
+    if cells.without_row:
+        for part in _unpublished(connection, landing, table):
+            with suppress(CorruptPartError):
+                written = landing.read_part(table.landing_name, part, ["file_key"])
+                cells.unpublished.update(written["file_key"].to_pylist())
+    if cells.not_materialized:
+        run_of = dict(
+            connection.execute(
+                f"SELECT file_key, run_id FROM {table.sql_name} WHERE list_contains(?, file_key)",
+                [list(cells.not_materialized)],
+            ).fetchall()
+        )
+        ended = _ended_before(instance, set(run_of.values()), asked_at)
+        cells.unfinished.update(key for key, run_id in run_of.items() if run_id not in ended)
+    return cells
+
+
+def _ended_before(instance: dg.DagsterInstance, run_ids: set[str], moment: datetime) -> set[str]:
+    """Return the runs that ended before a moment, and so had reported all their cells."""
+    records = instance.get_run_records(dg.RunsFilter(run_ids=list(run_ids)))
+    known = {record.dagster_run.run_id for record in records}
+    return (run_ids - known) | {
+        record.dagster_run.run_id
+        for record in records
+        if record.dagster_run.is_finished
+        and (record.end_time is None or record.end_time < moment.timestamp())
+    }
+
+
+def _check_complete(
+    connection: DuckDBPyConnection, feature_set: FeatureSet, cells: _Cells
+) -> dg.AssetCheckResult:
+    """Compare rows and materializations: no row is an error, no materialization a warning."""
+    damaged = connection.execute(
+        "SELECT part FROM publishing.parts WHERE damaged AND landing_table = ?",
+        [feature_table(feature_set).landing_name],
+    ).fetchall()
+    metadata: dict[str, Any] = {
+        "materialized": len(cells.materialized),
+        "rows": len(cells.rows),
+        "materialized_without_row": len(cells.without_row),
+        "rows_not_materialized": len(cells.not_materialized),
+    }
+    for name, keys in (
+        ("files_without_row", cells.without_row),
+        ("files_not_materialized", cells.not_materialized),
+        ("damaged_parts", {part for (part,) in damaged}),
+    ):
+        if keys:
+            metadata[name] = ", ".join(sorted(keys)[:FILES_NAMED])
+    reasons = []
+    if cells.without_row:
+        reasons.append(
+            f"{len(cells.without_row)} files are materialized but have no row: "
+            "materialize them again"
+        )
+    if cells.not_materialized:
+        reasons.append(
+            f"{len(cells.not_materialized)} files have a row that an interrupted run did not "
+            "report to Dagster: `audio-assets reconcile` reports it"
+        )
+    return dg.AssetCheckResult(
+        passed=not reasons,
+        severity=dg.AssetCheckSeverity.ERROR if cells.without_row else dg.AssetCheckSeverity.WARN,
+        description="; ".join(reasons) or None,
+        metadata=metadata,
+    )
+
+
+def _check_fresh(
+    connection: DuckDBPyConnection, landing: Landing, feature_set: FeatureSet
+) -> dg.AssetCheckResult:
+    [(version, published_at)] = connection.execute(
+        "SELECT version, published_at FROM publishing.version"
+    ).fetchall()
+    unpublished = []
+    for table in (feature_table(feature_set), RUNS):
+        for part in _unpublished(connection, landing, table):
+            with suppress(ValueError):  # the name of a foreign file, which publishing will report
+                unpublished.append(written_at(part))
+    late = [at for at in unpublished if at < datetime.now(UTC) - MAX_LAG]
+    return dg.AssetCheckResult(
+        passed=not late,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"Rows written at {min(late):%Y-%m-%d %H:%M} UTC are not published. Is "
+        "Dagster's daemon running? `audio-assets publish` publishes them now"
+        if late
+        else None,
+        metadata={
+            "version": version,
+            "published_at": dg.MetadataValue.timestamp(published_at),
+            "parts_waiting": len(unpublished),
+        },
+    )
+
+
+def _unpublished(connection: DuckDBPyConnection, landing: Landing, table: Table) -> list[str]:
+    """Return the parts that are not in this version of the database."""
+    known = connection.execute(
+        "SELECT part FROM publishing.parts WHERE landing_table = ?", [table.landing_name]
+    ).fetchall()
+    names = {part for (part,) in known}
+    unpublished = []
+    for part in landing.parts(table.landing_name):
+        if part not in names:
+            with suppress(CorruptPartError):
+                # A merged part has nothing new if all its sources are known.
+                sources = landing.supersedes(table.landing_name, part)
+                if not sources or sources - names:
+                    unpublished.append(part)
+    return unpublished

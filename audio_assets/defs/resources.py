@@ -1,0 +1,97 @@
+"""The resource that the feature ops of a run share: workers, decoded audio and the landing."""
+
+import os
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import dagster as dg
+from pydantic import Field, PrivateAttr
+
+from audio_assets.defs.machine_slot import machine_slot
+from audio_assets.defs.partitions import RESULT_TAG
+from audio_assets.defs.run_records import record_start
+from audio_assets.extraction.engine import Engine
+from audio_assets.extraction.scratch import Scratch
+from audio_assets.features import FEATURE_SETS
+from audio_assets.library.roots import library_roots
+from audio_assets.library.scan import Library
+from audio_assets.settings import get_settings, usable_cores
+from audio_assets.warehouse.landing import Landing
+from audio_assets.warehouse.schema import warehouse_tables
+from robustness.dagster import log_to
+from robustness.memory import worker_budget_mib
+from robustness.settings import get_settings as get_robustness_settings
+from robustness.worker_pool import WorkerPool
+
+
+class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
+    """Worker processes, decoded audio and the landing of one run."""
+
+    landing: str = Field(description="Directory or fsspec URL of the Parquet parts")
+    scratch: str = Field(description="Directory for decoded audio")
+    scratch_mib: int = Field(
+        4096, description="Decoded audio kept for files with deferred cells (MiB)"
+    )
+    workers: int = Field(default_factory=usable_cores, description="Worker processes")
+
+    _engine: Engine = PrivateAttr()
+
+    @property
+    def engine(self) -> Engine:
+        """The engine that the ops of the run share."""
+        return self._engine
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> Generator[Self]:
+        """Start the workers, and stop them when the run ends, also by an error."""
+        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+            os.environ.setdefault(variable, "1")  # each worker uses one core
+        if context.run is None or context.log is None or context.instance is None:
+            raise dg.DagsterInvariantViolationError("features are extracted in a run")
+        run_id = context.run.run_id
+        settings = get_robustness_settings()
+        limit = settings.worker_memory_mib or worker_budget_mib(self.workers)
+        with (
+            log_to(context.log, run_id),
+            machine_slot(context.instance, context.run, context.log),
+            Scratch(Path(self.scratch), run_id, self.scratch_mib) as scratch,
+            WorkerPool(
+                self.workers,
+                memory_limit_mib=limit if settings.memory_aware else None,
+                preload=("audio_assets.extraction.preload",),
+                memory_high=0.9 if settings.memory_aware else None,
+            ) as pool,
+        ):
+            landing = Landing(self.landing, warehouse_tables(FEATURE_SETS.values()))
+            library = Library(library_roots())
+            self._engine = Engine(run_id, library, landing, pool, scratch)
+            with _unless_unreachable(context.log, "The run's start"):
+                record_start(context.run, landing)
+            try:
+                yield self
+            finally:
+                pool.kill()  # a cancelled run leaves workers running
+                with _unless_unreachable(context.log, "The run's result"):
+                    context.instance.add_run_tags(run_id, {RESULT_TAG: self._engine.result.value})
+
+
+@contextmanager
+def _unless_unreachable(log: dg.DagsterLogManager, what: str) -> Generator[None]:
+    """Record something of a run that the run can do without."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - object stores and databases have their own errors
+        log.warning(f"{what} is not recorded: {error}")
+
+
+def extraction_resource() -> ExtractionResource:
+    """Return the resource with the values of the settings."""
+    settings = get_settings()
+    return ExtractionResource(
+        landing=settings.landing,
+        scratch=str(settings.scratch),
+        scratch_mib=settings.audio_scratch_mib,
+        workers=settings.workers,
+    )

@@ -1,0 +1,13 @@
+"""What the workers' fork server imports once, so that a new worker starts in milliseconds."""
+
+import librosa
+import onnxruntime
+import pandas  # pyarrow imports it when it converts its first row
+
+import audio_assets.extraction.worker
+from audio_assets.features import FEATURE_SETS
+from audio_assets.features.essentia_library import essentia
+
+__all__ = ["FEATURE_SETS", "audio_assets", "librosa", "onnxruntime", "pandas"]
+
+essentia()

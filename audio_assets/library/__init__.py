@@ -1,0 +1,1 @@
+"""The library: its roots and files, their partition keys and formats."""

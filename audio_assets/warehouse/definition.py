@@ -1,0 +1,97 @@
+"""The tables and views of the database: create them, migrate them, comment them."""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+
+from duckdb import DuckDBPyConnection
+
+from audio_assets.features.base import Column, FeatureSet
+from audio_assets.warehouse import rollups, views
+from audio_assets.warehouse.schema import ATTEMPTS, RUNS, Table, literal, quoted, warehouse_tables
+
+
+class Definition:
+    """What the tables and views of a version look like.
+
+    Parameters
+    ----------
+    feature_sets : iterable of FeatureSet
+        The feature sets of this program.
+
+    Attributes
+    ----------
+    digest : str
+        Changes with anything that tables, views or statistics are made from.
+    """
+
+    def __init__(self, feature_sets: Iterable[FeatureSet]) -> None:
+        feature_sets = tuple(feature_sets)
+        self._tables = warehouse_tables(feature_sets)
+        self._views = views.tracks_view(feature_sets), views.missing_view(feature_sets)
+        self._headlines = views.headline_columns(feature_sets)
+        made_from = repr((self._tables, rollups.ROLLUP_SQL, self._views))
+        self.digest = hashlib.sha256(made_from.encode()).hexdigest()
+
+    def apply(self, connection: DuckDBPyConnection) -> None:
+        """Create the tables and views, or migrate those of another definition in place."""
+        for table in self._tables:
+            connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(table.schema)}")
+            if _migrate(connection, table):
+                # Parts may hold values of columns that the table did not have.
+                connection.execute(
+                    "DELETE FROM publishing.parts WHERE landing_table = ?", [table.landing_name]
+                )
+            columns = {column.name: column for column in table.all_columns}
+            _comment(connection, "TABLE", table.sql_name, table.description, columns)
+        for view in self._views:
+            connection.execute(view)
+        _comment(connection, "VIEW", "features.tracks", views.TRACKS_COMMENT, self._headlines)
+        _comment(connection, "VIEW", "features.missing", views.MISSING_COMMENT, {})
+        connection.execute(
+            f"INSERT INTO touched SELECT run_id FROM {RUNS.sql_name} "
+            f"UNION SELECT run_id FROM {ATTEMPTS.sql_name}"
+        )
+
+
+def _migrate(connection: DuckDBPyConnection, table: Table) -> bool:
+    """Create a table, or change its columns; return whether it had others."""
+    wanted = {column.name: column.type for column in table.all_columns}
+    columns = ", ".join(f"{quoted(name)} {kind}" for name, kind in wanted.items())
+    connection.execute(f"CREATE TABLE IF NOT EXISTS {table.sql_name} ({columns})")
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE template ({columns})")
+    present = _column_types(connection, table.sql_name)
+    right = _column_types(connection, "template")
+    if present == right:
+        return False
+    # A column cannot be altered while a view depends on it; the views are created afterwards.
+    connection.execute("DROP VIEW IF EXISTS features.tracks; DROP VIEW IF EXISTS features.missing")
+    alter = f"ALTER TABLE {table.sql_name}"
+    for name in right.keys() - present.keys():
+        connection.execute(f"{alter} ADD COLUMN {quoted(name)} {wanted[name]}")
+    for name in present.keys() - right.keys():
+        connection.execute(f"{alter} DROP COLUMN {quoted(name)}")
+    for name in right.keys() & present.keys():
+        if right[name] != present[name]:
+            column, kind = quoted(name), wanted[name]
+            connection.execute(
+                f"{alter} ALTER COLUMN {column} TYPE {kind} USING TRY_CAST({column} AS {kind})"
+            )
+    return True
+
+
+def _column_types(connection: DuckDBPyConnection, table: str) -> dict[str, str]:
+    return {row[0]: row[1] for row in connection.execute(f"DESCRIBE {table}").fetchall()}
+
+
+def _comment(
+    connection: DuckDBPyConnection,
+    kind: str,
+    name: str,
+    description: str,
+    columns: Mapping[str, Column],
+) -> None:
+    """Comment a table or view with its description, its columns with description and unit."""
+    connection.execute(f"COMMENT ON {kind} {name} IS {literal(description)}")
+    for column_name, column in columns.items():
+        text = f"{column.description} ({column.unit})" if column.unit else column.description
+        connection.execute(f"COMMENT ON COLUMN {name}.{quoted(column_name)} IS {literal(text)}")

@@ -1,0 +1,125 @@
+"""Ingest the landing's parts into a version of the database, each part once.
+
+A version records the parts it holds in ``publishing.parts``. The runs whose attempts or record are
+new are collected in the temporary table ``touched``.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from duckdb import DuckDBPyConnection
+
+from audio_assets.warehouse.landing import CorruptPartError, Landing, PartVanishedError
+from audio_assets.warehouse.schema import ATTEMPTS, ROW_ID, RUNS, Table, quoted
+
+logger = logging.getLogger(__name__)
+
+TABLES_SQL = """
+CREATE SCHEMA IF NOT EXISTS publishing;
+CREATE TABLE IF NOT EXISTS publishing.parts
+    (landing_table VARCHAR, part VARCHAR, damaged BOOLEAN);
+CREATE TEMP TABLE touched (run_id VARCHAR)
+"""
+"""The tables that ingesting needs."""
+
+
+@dataclass
+class Ingested:
+    """The parts of a table that were ingested.
+
+    Parameters
+    ----------
+    live : sequence of str
+        All parts that hold the table's rows.
+    read : list of str
+        Those read now.
+    damaged : list of str
+        Those that cannot be read.
+    rows : int
+        Number of rows read.
+    """
+
+    live: Sequence[str]
+    read: list[str] = field(default_factory=list)
+    damaged: list[str] = field(default_factory=list)
+    rows: int = 0
+
+
+def recorded_parts(connection: DuckDBPyConnection, table: Table) -> dict[str, bool]:
+    """Return the parts of a table that a version records, and whether each was damaged."""
+    rows = connection.execute(
+        "SELECT part, damaged FROM publishing.parts WHERE landing_table = ?", [table.landing_name]
+    ).fetchall()
+    return dict(rows)
+
+
+def ingest(connection: DuckDBPyConnection, landing: Landing, table: Table) -> Ingested:
+    """Ingest the parts of a table that the version does not hold yet."""
+    while True:
+        try:
+            ingested = _stage(connection, landing, table)
+            break
+        except PartVanishedError:
+            logger.info("%s was compacted meanwhile; reading it again", table.landing_name)
+    if ingested.rows:
+        _merge(connection, table)
+    _record(connection, table, ingested)
+    return ingested
+
+
+def _stage(connection: DuckDBPyConnection, landing: Landing, table: Table) -> Ingested:
+    """Collect the new parts' rows in the temporary table ``staged``."""
+    names = [column.name for column in table.columns]
+    columns = ", ".join(f"{quoted(c.name)} {c.type}" for c in table.columns)
+    connection.execute(f"CREATE OR REPLACE TEMP TABLE staged ({columns}, {ROW_ID} UUID)")
+    recorded = recorded_parts(connection, table)
+    ingested = Ingested(live=landing.parts(table.landing_name))
+    for part in ingested.live:
+        if recorded.get(part) is False:
+            continue
+        try:
+            sources = landing.supersedes(table.landing_name, part)
+            if not sources or any(recorded.get(source) is not False for source in sources):
+                rows = landing.read_part(table.landing_name, part, names)
+                connection.register("part_rows", rows)
+                connection.execute("INSERT INTO staged BY NAME FROM part_rows")
+                connection.unregister("part_rows")
+                ingested.rows += rows.num_rows
+            ingested.read.append(part)
+        except CorruptPartError:
+            logger.exception("rows are missing from %s", table.sql_name)
+            ingested.damaged.append(part)
+    return ingested
+
+
+def _merge(connection: DuckDBPyConnection, table: Table) -> None:
+    """Move the latest row of each key from ``staged`` to its table."""
+    key = ", ".join(map(quoted, table.key))
+    same = " AND ".join(f"present.{quoted(k)} = staged.{quoted(k)}" for k in table.key)
+    connection.execute(f"""
+        CREATE OR REPLACE TEMP TABLE staged AS FROM staged
+        QUALIFY row_number() OVER (PARTITION BY {key} ORDER BY {ROW_ID} DESC) = 1
+    """)
+    connection.execute(
+        f"DELETE FROM staged USING {table.sql_name} AS present "
+        f"WHERE {same} AND present.{ROW_ID} > staged.{ROW_ID}"
+    )
+    connection.execute(f"DELETE FROM {table.sql_name} AS present USING staged WHERE {same}")
+    connection.execute(f"INSERT INTO {table.sql_name} BY NAME FROM staged")
+    if table in (ATTEMPTS, RUNS):
+        connection.execute("INSERT INTO touched SELECT DISTINCT run_id FROM staged")
+
+
+def _record(connection: DuckDBPyConnection, table: Table, ingested: Ingested) -> None:
+    """Record the parts that a version holds, and forget those that no longer exist."""
+    connection.execute(
+        "DELETE FROM publishing.parts WHERE landing_table = ? "
+        "AND (list_contains(?, part) OR NOT list_contains(?, part))",
+        [table.landing_name, [*ingested.read, *ingested.damaged], list(ingested.live)],
+    )
+    for damaged, parts in ((False, ingested.read), (True, ingested.damaged)):
+        connection.execute(
+            "INSERT INTO publishing.parts SELECT ?, unnest(?::VARCHAR[]), ?",
+            [table.landing_name, parts, damaged],
+        )

@@ -1,0 +1,19 @@
+"""Rows on their way to the landing."""
+
+from pathlib import Path
+
+import pytest
+
+from audio_assets.extraction.outbox import Outbox
+from robustness.smart_retry import get_retry_manager
+from tests.warehouse.rows import attempt, landing_of
+
+
+@pytest.mark.usefixtures("own_state")
+def test_saved_rows_are_no_retries_to_learn_from(tmp_path: Path) -> None:
+    outbox = Outbox(landing_of(tmp_path))
+    outbox.add("robustness/attempts", attempt("a"))
+    assert list(outbox.flush()) == []
+    assert outbox.error is None
+    assert list((tmp_path / "landing").rglob("*.parquet"))
+    assert get_retry_manager().get_retry_stats() == {}

@@ -1,0 +1,124 @@
+"""Damaged files, by the thousand: each ends in an error of its own, and harms nobody.
+
+`make fuzz` does it for half an hour.
+"""
+
+import os
+import random
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import mutagen
+import pytest
+
+from audio_assets.audio.decode import Limits, decode
+from audio_assets.audio.pcm import Audio
+from audio_assets.features import FEATURE_SETS
+from audio_assets.library.formats import check_content
+from robustness.error_classifier import ErrorInfo, ErrorType, get_error_classifier
+from robustness.worker_pool import WorkerPool
+from tests.audio.test_decode import FORMATS, encode_format
+
+SECONDS = float(os.environ.get("AUDIO_TEST_FUZZ_SECONDS", "10"))
+SEED = int(os.environ.get("AUDIO_TEST_FUZZ_SEED", "7"))
+DEADLINE_S = 30.0
+
+BLAMES_THE_FILE = {
+    ErrorType.AUDIO_PROCESSING,
+    ErrorType.CORRUPT_FILE,
+    ErrorType.UNSUPPORTED_FORMAT,
+    ErrorType.MEMORY,
+    ErrorType.TIMEOUT,
+}
+
+
+def probe(path: Path) -> list[ErrorInfo]:
+    """Read a file by each decoder and each reader of tags; return the errors."""
+    metadata = FEATURE_SETS["metadata"]
+    target = path.with_suffix(".npy")
+    limits = Limits(longest_h=1.0)
+    errors = []
+    for read in (
+        lambda: decode(path, target, limits=limits),
+        lambda: decode(path, target, decoder="soundfile", limits=limits),
+        lambda: decode(path, target, decoder="salvage", limits=limits),
+        lambda: metadata.extract(Audio.without_pcm(path)),
+        lambda: metadata.extract_alternative(Audio.without_pcm(path)),
+    ):
+        try:
+            read()
+        except Exception as error:  # noqa: BLE001 - which it may be is tested
+            context = {"file_path": str(path), "library_root": str(path.parent)}
+            errors.append(
+                get_error_classifier().classify_error(error, context, check_content=check_content)
+            )
+        finally:
+            target.unlink(missing_ok=True)
+    return errors
+
+
+def mutated(content: bytes, others: list[bytes], rng: random.Random) -> bytes:
+    """Return a file with a damage of some kind."""
+    data = bytearray(content)
+    for _ in range(rng.randint(1, 3)):
+        at = rng.randrange(len(data)) if rng.random() < 0.5 else rng.randrange(min(len(data), 400))
+        size = min(int(rng.expovariate(1 / 40)) + 1, len(data) - at)
+        match rng.randrange(7):
+            case 0:
+                data[at : at + size] = rng.randbytes(size)
+            case 1:
+                data[at : at + 4] = rng.choice([b"\xff" * 4, b"\0" * 4, b"\x7f\xff\xff\xff"])
+            case 2:
+                del data[max(at, 1) :]
+            case 3:
+                data[:0] = rng.randbytes(rng.randint(1, 3000))
+            case 4:
+                data += rng.choice([b"\0" * 5000, rng.randbytes(3000)])
+            case 5:
+                data[at:] = rng.choice(others)[at:]
+            case 6:
+                del data[at : at + size]
+        data = data or bytearray(b"\0")
+    return bytes(data)
+
+
+def tagged(path: Path) -> bytes:
+    """Return a file's bytes, with tags where mutagen can write some."""
+    with suppress(TypeError, KeyError, mutagen.MutagenError):
+        file = mutagen.File(path, easy=True)
+        if file is not None and file.tags is None:
+            file.add_tags()
+        file["title"] = "Title"
+        file["artist"] = ["One", "Two"]
+        file.save()
+    return path.read_bytes()
+
+
+@pytest.mark.timeout(SECONDS + 240)
+def test_damaged_files_end_in_errors_of_their_own(tmp_path: Path) -> None:
+    rng = random.Random(SEED)
+    whole = {name: tagged(encode_format(tmp_path, name)) for name in FORMATS}
+    tried: Counter[str] = Counter()
+    wrong: list[str] = []
+    with WorkerPool(2, memory_limit_mib=1500, preload=["tests.test_fuzz"]) as pool:
+        ends = time.monotonic() + SECONDS
+        while time.monotonic() < ends:
+            batch = {}
+            for number in range(20):
+                name = rng.choice(list(FORMATS))
+                path = tmp_path / f"{number} {name}"
+                path.write_bytes(mutated(whole[name], list(whole.values()), rng))
+                batch[path] = pool.submit(probe, path, timeout=DEADLINE_S)
+            for path, future in batch.items():
+                failure = future.exception()
+                tried["files"] += 1
+                tried[type(failure).__name__ if failure else "read"] += 1
+                for error in [] if failure else future.result():
+                    tried[error.error_type.value] += 1
+                    if error.error_type not in BLAMES_THE_FILE:
+                        wrong.append(f"{path.name}: {error.error_type.value}: {error.reason}")
+        assert pool.submit(probe, tmp_path / "a.flac", timeout=DEADLINE_S).result() is not None
+    print(dict(tried))
+    assert not wrong, "\n".join(wrong[:20])

@@ -4,9 +4,17 @@ import os
 import shutil
 from functools import cache
 from pathlib import Path
+from typing import Literal
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 PROJECT_DAGSTER_HOME = Path(__file__).resolve().parent.parent / "dagster_home"
@@ -63,7 +71,18 @@ class AudioAssetsSettings(BaseSettings):
     audio_max_hours: PositiveFloat = Field(
         12.0,
         alias="AUDIO_MAX_HOURS",
-        description="Longest audio that is analysed (h); a file with more fails",
+        description="Longest audio that is analysed (h); of longer audio, the beginning is",
+    )
+    audio_min_seconds: NonNegativeFloat = Field(
+        3.0,
+        alias="AUDIO_MIN_SECONDS",
+        description="Shortest part of a damaged file's audio that is analysed (s)",
+    )
+    audio_partial: Literal["accept", "refuse"] = Field(
+        "accept",
+        alias="AUDIO_PARTIAL",
+        description="Whether what can be decoded of damaged audio is analysed: `accept`, or "
+        "`refuse`, and the file fails",
     )
     audio_reserve_mib: NonNegativeInt = Field(
         512,

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from enum import Enum
 from functools import cache
 from types import MappingProxyType
@@ -279,6 +280,12 @@ class AdaptiveTimeoutManager:
         query = sa.select(timings.c.feature_type).distinct().order_by(timings.c.feature_type)
         names = self._state.query(lambda connection: connection.execute(query).scalars().all())
         return {name: TimingHistory(self._load(name)).stats() for name in names}
+
+    def has_succeeded(self, feature_type: str, since: datetime) -> bool:
+        """Return whether a kind of work has succeeded since a time, as far as is remembered."""
+        return any(
+            row["success"] and row["at"] > since.timestamp() for row in self._load(feature_type)
+        )
 
     @property
     def _state(self) -> StateStore:

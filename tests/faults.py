@@ -67,6 +67,17 @@ def flaky(audio: Audio) -> Row:
     return sound(audio)
 
 
+def in_burst(audio: Audio) -> Row:
+    """Fail for every file while somebody says so."""
+    if (_traces(audio) / "burst").exists():
+        raise RuntimeError("the library is in a bad mood")
+    return sound(audio)
+
+
+def in_burst_too(audio: Audio) -> Row:
+    return in_burst(audio) if (_traces(audio) / "burst of both").exists() else sound(audio)
+
+
 def slow(audio: Audio) -> Row:
     """Take as long as the file beside the library says (s)."""
     if _is_marked(audio):

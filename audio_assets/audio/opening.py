@@ -6,15 +6,24 @@ from typing import BinaryIO, cast
 
 import av
 
-from audio_assets.audio.errors import CorruptFileError, DecoderError, UnsupportedFormatError
+from audio_assets.audio.errors import CorruptFileError, UnsupportedFormatError
 from audio_assets.library.formats import HEAD_BYTES, format_of, is_text
 
 
 @contextmanager
-def open_container(file: BinaryIO) -> Iterator["av.container.InputContainer"]:
+def open_container(
+    file: BinaryIO, demuxer: str | None = None
+) -> Iterator["av.container.InputContainer"]:
     """Open a file with FFmpeg, which recognizes the format by content alone.
 
     In its metadata, bytes that are not UTF-8 are surrogate escapes.
+
+    Parameters
+    ----------
+    file : file object
+        The file.
+    demuxer : str, optional
+        Open it as this format alone, by FFmpeg's name.
 
     Raises
     ------
@@ -22,8 +31,6 @@ def open_container(file: BinaryIO) -> Iterator["av.container.InputContainer"]:
         If the file is empty or its header is damaged.
     UnsupportedFormatError
         If FFmpeg does not know the format.
-    DecoderError
-        If FFmpeg fails for another reason.
     OSError
         If the file cannot be read.
     """
@@ -32,13 +39,18 @@ def open_container(file: BinaryIO) -> Iterator["av.container.InputContainer"]:
         container = av.open(
             file,
             mode="r",
+            format=demuxer,
             metadata_errors="surrogateescape",
             options={"protocol_whitelist": "none"},
         )
-    except (av.error.InvalidDataError, av.error.EOFError, av.error.ArgumentError) as error:
-        raise unrecognized(file) from error
+    except MemoryError:
+        raise
     except av.error.FFmpegError as error:
-        raise translated(error) from error
+        # It is an OSError of FFmpeg's own making, whatever its number: what reading the file
+        # raises is none of them.
+        if isinstance(error, av.error.DecoderNotFoundError):
+            raise UnsupportedFormatError("its codec is not known to the decoder") from error
+        raise unrecognized(file) from error
     with container:
         yield container
 
@@ -77,18 +89,3 @@ def unrecognized(
     if is_text(head):
         return UnsupportedFormatError("holds no audio: it is a text file")
     return UnsupportedFormatError("is in no audio format that the decoder knows")
-
-
-def translated(error: "av.error.FFmpegError") -> Exception:
-    """Return the error of this package for one of FFmpeg's; `MemoryError` stays.
-
-    FFmpeg's `OSError` is of its own making, whatever its number: what reading the file raises is
-    not translated, as it never comes from FFmpeg.
-    """
-    if isinstance(error, MemoryError):
-        return error
-    if isinstance(error, av.error.DecoderNotFoundError):
-        return UnsupportedFormatError("its codec is not known to the decoder")
-    if isinstance(error, av.error.InvalidDataError):
-        return CorruptFileError("its stream cannot be read to the end")
-    return DecoderError(f"its stream cannot be decoded (FFmpeg: {error.strerror})")

@@ -40,6 +40,11 @@ class SourceInfo:
         Samples that were NaN or infinite and were set to 0.
     stream_bytes : int or None
         Size of the decoded stream, without container, tags and pictures; None if unknown.
+    complete_share : float or None
+        Share of the length that the file states for this stream that was decoded, 0 to 1; None if
+        it states none.
+    damage : str or None
+        What is missing of the audio, as a predicate of the file; None if nothing is.
     """
 
     codec: str
@@ -50,6 +55,8 @@ class SourceInfo:
     decoder: str
     non_finite: int
     stream_bytes: int | None = None
+    complete_share: float | None = None
+    damage: str | None = None
 
 
 class Audio:

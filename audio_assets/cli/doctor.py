@@ -116,7 +116,8 @@ def _check_decoders() -> _Found:
     import numpy as np
     import soundfile
 
-    from audio_assets.audio.decode import DecoderName, decode
+    from audio_assets.audio.decode import decode
+    from audio_assets.audio.streams import DecoderName
 
     advice = "reinstall (make clean, make run): a wheel does not fit this machine"
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(22050) / 44100)

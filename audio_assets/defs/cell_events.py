@@ -71,6 +71,8 @@ def materialization(
     metadata["status"] = dg.MetadataValue.text(outcome.status.value)
     metadata["audio_s"] = dg.MetadataValue.float(outcome.audio_s)
     metadata["attempts"] = dg.MetadataValue.int(outcome.attempts)
+    if row["degraded"]:
+        metadata["degraded"] = dg.MetadataValue.text(printable(row["degraded"]))
     if outcome.recoveries:
         metadata["recoveries"] = dg.MetadataValue.text(", ".join(outcome.recoveries))
     version = f"{row['content_hash']} {row['code_version']} {row['extractor']}"

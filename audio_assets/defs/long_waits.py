@@ -26,13 +26,29 @@ from robustness.settings import get_settings
 LONGEST_WAIT_S = 60.0
 """Longest time for which a run waits with no cell to compute (s)."""
 
+DEGRADED_TAG = "audio_assets/degraded"
 RETRY_AT_TAG = "audio_assets/retry_at"
 WAITING_SINCE_TAG = "audio_assets/waiting_since"
 WAITING_FOR_TAG = "audio_assets/waiting_for"
 WAITING_SETS_TAG = "audio_assets/waiting_feature_sets"
 
+ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
+
 _HEARTBEAT_S = 180.0
 _MESSAGE_CHARACTERS = 200
+
+
+def result_tags(engine: Engine) -> dict[str, str]:
+    """Return the tags of a run that ends: its result, and when degraded rows are due again."""
+    result = {RESULT_TAG: engine.result.value}
+    if engine.result is RunResult.DEFERRED or not engine.retry:
+        return result
+    retry_at, feature_sets = engine.retry
+    return result | {
+        DEGRADED_TAG: "true",
+        RETRY_AT_TAG: retry_at.isoformat(timespec="seconds"),
+        WAITING_SETS_TAG: ",".join(feature_sets),
+    }
 
 
 def waited_before_s(run: dg.DagsterRun) -> float:
@@ -87,16 +103,17 @@ def _is_resumed(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
 
 
 def resumptions(instance: dg.DagsterInstance) -> list[dg.RunRequest]:
-    """Return the requests of runs that continue those whose wait is over."""
+    """Return the requests of runs that continue those whose wait is over.
+
+    They compute deferred cells, and degraded rows that are due again.
+    """
     now = datetime.now(UTC)
     oldest = now - timedelta(days=1, seconds=get_settings().retry_total_seconds)
-    ended = instance.get_runs(
-        dg.RunsFilter(
-            statuses=[dg.DagsterRunStatus.FAILURE],
-            tags={RESULT_TAG: RunResult.DEFERRED.value},
-            updated_after=oldest,
-        )
-    )
+    ended = [
+        run
+        for tags in ({RESULT_TAG: RunResult.DEFERRED.value}, {DEGRADED_TAG: "true"})
+        for run in instance.get_runs(dg.RunsFilter(statuses=ENDED, tags=tags, updated_after=oldest))
+    ]
     requests = []
     for run in ended:
         if (span := partition_range(run)) and datetime.fromisoformat(run.tags[RETRY_AT_TAG]) <= now:
@@ -104,8 +121,9 @@ def resumptions(instance: dg.DagsterInstance) -> list[dg.RunRequest]:
                 RANGE_START_TAG: span[0],
                 RANGE_END_TAG: span[1],
                 REQUESTED_BY_TAG: f"run {run.run_id}",
-                WAITING_SINCE_TAG: run.tags[WAITING_SINCE_TAG],
             }
+            if since := run.tags.get(WAITING_SINCE_TAG):
+                tags[WAITING_SINCE_TAG] = since
             names = run.tags[WAITING_SETS_TAG].split(",")
             requests.append(
                 dg.RunRequest(

@@ -9,8 +9,8 @@ from typing import Self
 import dagster as dg
 from pydantic import Field, PrivateAttr
 
+from audio_assets.defs.long_waits import result_tags
 from audio_assets.defs.machine_slot import machine_slot
-from audio_assets.defs.partitions import RESULT_TAG
 from audio_assets.defs.run_records import record_start
 from audio_assets.extraction.engine import Engine
 from audio_assets.extraction.scratch import Scratch
@@ -74,7 +74,7 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             finally:
                 pool.kill()  # a cancelled run leaves workers running
                 with _unless_unreachable(context.log, "The run's result"):
-                    context.instance.add_run_tags(run_id, {RESULT_TAG: self._engine.result.value})
+                    context.instance.add_run_tags(run_id, result_tags(self._engine))
 
 
 @contextmanager

@@ -105,6 +105,8 @@ class Stage:
         Recoveries so far.
     error : ErrorInfo or None
         Why the last attempt failed, or why it is deferred.
+    first_error : ErrorInfo or None
+        Why the first attempt failed.
     deferral : Deferral or None
         The delay before the next attempt.
     deferred_with : RetryStrategy or None
@@ -122,6 +124,7 @@ class Stage:
     attempts: int = 0
     tried: list[RecoveryStrategy] = field(default_factory=list)
     error: ErrorInfo | None = None
+    first_error: ErrorInfo | None = None
     deferral: Deferral | None = None
     deferred_with: RetryStrategy | None = None
     began: float | None = None
@@ -189,6 +192,8 @@ class Cell(Stage):
         Other files with the same content, whose cells end as this one does.
     leader : Cell or None
         The cell of another file with the same content that this one follows.
+    former : dict or None
+        Its degraded row, which stays in force if it cannot be computed again.
     row : dict or None
         Its row, when it is done.
     """
@@ -198,6 +203,7 @@ class Cell(Stage):
     history: list[Row] = field(default_factory=list)
     followers: list["FileWork"] = field(default_factory=list)
     leader: "Cell | None" = None
+    former: Row | None = None
     row: Row | None = None
 
     @property

@@ -1,5 +1,6 @@
 """Which stage a worker runs next, and how its attempt is launched."""
 
+import math
 import queue
 import threading
 import time
@@ -55,7 +56,11 @@ class Dispatcher:
         self._pool = pool
         self._scratch = scratch
         settings = get_settings()
-        self._limits = Limits(settings.audio_max_hours, settings.audio_reserve_mib)
+        self._limits = Limits(
+            settings.audio_max_hours,
+            settings.audio_reserve_mib,
+            settings.audio_min_seconds if settings.audio_partial == "accept" else math.inf,
+        )
         self._timeouts = get_timeout_manager()
         self.ends: queue.SimpleQueue[Attempt | tuple[Stage, CircuitBreakerOpenError]] = (
             queue.SimpleQueue()

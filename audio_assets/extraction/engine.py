@@ -15,6 +15,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from enum import Enum
 from typing import cast
 
@@ -36,6 +37,7 @@ from audio_assets.extraction.recovery import (
     IDENTIFY,
     apply_recovery,
     concerns_copies,
+    is_about_file,
     most_attempts,
     next_recovery,
 )
@@ -173,6 +175,8 @@ class Engine:
         """Keys of the files whose cells are not reported yet, by feature set."""
         self._failed: dict[str, list[CellOutcome]] = defaultdict(list)
         self._failing_since: dict[str, float] = {}
+        self._due: dict[str, datetime] = {}
+        """When the first degraded row is due again, by feature set."""
         self._cells_computed, self._audio_s = 0, 0.0
 
     def begin(
@@ -311,6 +315,11 @@ class Engine:
         return self._failed[feature_set]
 
     @property
+    def retry(self) -> tuple[datetime, list[str]] | None:
+        """When degraded rows of this run are due again, and their feature sets; None if none is."""
+        return (min(self._due.values()), sorted(self._due)) if self._due else None
+
+    @property
     def progress(self) -> Progress:
         """Progress of the run."""
         left = set().union(*self._unreported.values())
@@ -373,6 +382,8 @@ class Engine:
 
     def _reported(self, outcome: CellOutcome) -> None:
         self._unreported[outcome.feature_set].discard(outcome.file_key)
+        if outcome.row and (due := outcome.row["retry_after"]):
+            self._due[outcome.feature_set] = min(due, self._due.get(outcome.feature_set, due))
         # Files with the same content find the row in the landing from now on.
         self._files[outcome.file_key].cells[outcome.feature_set].row = None
         if outcome.status is CellStatus.FAILED:
@@ -456,8 +467,10 @@ class Engine:
                 case Skip(error):
                     cell.state = StageState.FAILED
                     self._results.failed(cell, file.key, error, noted_as="quarantined")
-                case Compute() if leader is not file and cell.feature_set.reads_pcm:
-                    self._follow(file, cell, leader.cells[name])
+                case Compute(former):
+                    cell.former = former
+                    if leader is not file and cell.feature_set.reads_pcm:
+                        self._follow(file, cell, leader.cells[name])
         file.is_planned = True
 
     def _follow(self, file: FileWork, cell: Cell, leader: Cell) -> None:
@@ -531,6 +544,8 @@ class Engine:
         stage, file = attempt.stage, attempt.stage.file
         error = self._results.classify(exception, stage)
         self._results.stage_failed(attempt, exception, error)
+        if is_about_file(error):
+            stage.first_error = stage.first_error or error
         if stage is file.duration:
             stage.state = StageState.FAILED
             self._results.identified(file)
@@ -549,7 +564,9 @@ class Engine:
                 attempt, stage.cells[0], "failed", error=error, recovery=recovery
             )
         if recovery is None:
-            self._give_up(stage, error)
+            # What a fallback stumbles over says less than the first error.
+            first = stage.first_error if is_about_file(error) else None
+            self._give_up(stage, first or error)
             return
         within_budget = not stage.has_budget or get_retry_manager().try_spend(stage.operation)
         stage.tried.append(recovery)
@@ -572,6 +589,12 @@ class Engine:
         if stage is file.identify:
             self._results.identified(file)
         for cell in cells:
+            if cell.former:
+                cell.state = StageState.DONE
+                self._results.kept(cell, error)
+                for follower in cell.followers:
+                    follower.cells[cell.operation].state = StageState.DONE
+                continue
             cell.error, cell.state = error, StageState.FAILED
             if was_tried:
                 self._results.suspect(cell, error)

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from audio_assets.features.base import FeatureSet, Row
+from audio_assets.warehouse.backlog import is_due
 from robustness.error_classifier import ErrorInfo, ErrorSeverity, ErrorType, RecoveryStrategy
 from robustness.quarantine import QuarantinedCell
 
@@ -47,7 +48,9 @@ class Skip:
 
 @dataclass(frozen=True)
 class Compute:
-    """The cell must be computed."""
+    """The cell must be computed; `former` is the row to keep if that fails."""
+
+    former: Row | None = None
 
 
 Plan = Reuse | Copy | Skip | Compute
@@ -81,10 +84,10 @@ def plan_file(
     def plan(feature_set: FeatureSet) -> Plan:
         about = known[feature_set.name]
         rows = about.rows.get(content_hash, {})
-        if file_key in rows:
-            return Reuse(rows[file_key])
-        if rows and feature_set.reads_pcm:
-            return Copy(next(iter(rows.values())))
+        if own := rows.get(file_key):
+            return Compute(own) if is_due(own) else Reuse(own)
+        if feature_set.reads_pcm and (others := [row for row in rows.values() if not is_due(row)]):
+            return Copy(others[0])
         if content_hash in about.quarantined:
             return Skip(_quarantined(about.quarantined[content_hash]))
         return Compute()

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from audio_assets.audio.decode import DecoderName
+from audio_assets.audio.streams import DecoderName
 from audio_assets.extraction.worker import Extractor
 from robustness.error_classifier import ErrorInfo, ErrorType, RecoveryStrategy
 from robustness.smart_retry import RetryStrategy
@@ -173,6 +173,11 @@ def is_files_own_fault(error: ErrorInfo, *, others_succeed: bool) -> bool:
     return error.error_type in _ABOUT_CONTENT or (
         others_succeed and error.error_type in _ABOUT_COMPUTING
     )
+
+
+def is_about_file(error: ErrorInfo) -> bool:
+    """Return whether an error came from computing with the file, and not from what is around."""
+    return error.error_type in _ABOUT_CONTENT | _ABOUT_COMPUTING
 
 
 def is_disk_full(error: ErrorInfo) -> bool:

@@ -23,6 +23,9 @@ from robustness.quarantine import Quarantine
 from robustness.smart_retry import get_retry_manager
 from robustness.worker_pool import Measurement, WorkerFuture, WorkerTimeoutError
 
+SHORTEST_RETRY, LONGEST_RETRY = timedelta(minutes=1), timedelta(hours=6)
+"""Time after which a degraded row is computed again, if its file is not the cause."""
+
 
 @dataclass(eq=False)
 class Attempt:
@@ -243,6 +246,7 @@ class Results:
         self.record_attempt(attempt, cell, "succeeded", extractor=result.extractor)
         if cell.attempts == 1:
             self._succeeding.add(cell.operation)
+        degraded, is_passing = self._degradation(cell, result.extractor)
         cell.row = {
             **result.row,
             "file_key": file.key,
@@ -251,6 +255,9 @@ class Results:
             "computed_at": datetime.now(UTC),
             "run_id": self._run_id,
             "code_version": cell.feature_set.code_version,
+            "complete_share": file.source.complete_share if file.source else None,
+            "degraded": degraded,
+            **_retry(degraded is not None, is_passing, cell.former),
         }
         self._outbox.add(feature_table(cell.feature_set).landing_name, cell.row)
         self._outbox.report(
@@ -262,6 +269,40 @@ class Results:
                 audio_s=(file.audio_s or 0.0) if cell.feature_set.reads_pcm else 0.0,
             )
         )
+        for follower in cell.followers:
+            self.copied(cell, follower.key, cell.row)
+
+    def _degradation(self, cell: Cell, extractor: str) -> tuple[str | None, bool]:
+        """Return why a cell's values may differ from the best ones, and whether that may pass."""
+        reasons = []
+        source = cell.file.source
+        if source and source.damage:
+            reasons.append(f"the audio {source.damage}")
+        error = cell.first_error
+        if cell.options.extractor == "alternative" and error:
+            reasons.append(f"{cell.feature_set.extractor} failed: {error.reason}")
+        if extractor.endswith("/blocks"):
+            reasons.append("analysed in blocks, as memory was short")
+        is_passing = error is not None and bool(reasons) and not self._is_files_fault(cell, error)
+        return "; ".join(reasons) or None, is_passing
+
+    def _is_files_fault(self, cell: Cell, error: ErrorInfo) -> bool:
+        return is_files_own_fault(
+            error,
+            others_succeed=cell.operation in self._succeeding
+            or (
+                cell.former is not None
+                and self._timeouts.has_succeeded(cell.operation, cell.former["computed_at"])
+            ),
+        )
+
+    def kept(self, cell: Cell, error: ErrorInfo) -> None:
+        """Report a cell whose degraded row could not be computed again."""
+        assert cell.former is not None
+        is_passing = not self._is_files_fault(cell, error)
+        cell.row = {**cell.former, **_retry(True, is_passing, cell.former)}
+        self._outbox.add(feature_table(cell.feature_set).landing_name, cell.row)
+        self._outbox.report(self._outcome(cell, cell.file.key, CellStatus.REUSED, row=cell.row))
         for follower in cell.followers:
             self.copied(cell, follower.key, cell.row)
 
@@ -389,3 +430,13 @@ class Results:
                 code_version=cell.feature_set.code_version,
             )
             self.note(cell, [file.key for file in cell.files], "quarantined", error)
+
+
+def _retry(is_degraded: bool, is_passing: bool, former: Row | None) -> Row:
+    """Return when a row is computed again: after as long as it has been degraded already."""
+    if not is_degraded:
+        return {"degraded_since": None, "retry_after": None}
+    now = datetime.now(UTC)
+    since = (former and former["degraded_since"]) or now
+    wait = min(max(now - since, SHORTEST_RETRY), LONGEST_RETRY)
+    return {"degraded_since": since, "retry_after": now + wait if is_passing else None}

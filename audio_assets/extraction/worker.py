@@ -12,10 +12,11 @@ from typing import Literal
 import av
 import pyarrow as pa
 
-from audio_assets.audio.decode import DecoderName, Limits, decode
+from audio_assets.audio.decode import Limits, decode
 from audio_assets.audio.errors import AudioFileError
 from audio_assets.audio.opening import open_container
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, SourceInfo
+from audio_assets.audio.streams import DecoderName
 from audio_assets.features.base import FeatureSet, Row, check_row
 from audio_assets.library.files import (
     FileChangedError,

@@ -59,6 +59,18 @@ COMMON_COLUMNS = (
     Column("computed_at", "TIMESTAMPTZ", "When the row was computed, or taken from a copy's"),
     Column("run_id", "VARCHAR", "Dagster run that computed the row, or took it from a copy's"),
     Column("code_version", "VARCHAR", "Version of the feature set's code"),
+    Column(
+        "complete_share",
+        "DOUBLE",
+        "Share of the length the file states that was analysed, 0 to 1; NULL if it states none",
+    ),
+    Column("degraded", "VARCHAR", "Why the values may differ from those of a sound file and run"),
+    Column("degraded_since", "TIMESTAMPTZ", "Since when they may; NULL if they do not"),
+    Column(
+        "retry_after",
+        "TIMESTAMPTZ",
+        "When the row is computed again, as its file is not the cause; NULL if it is final",
+    ),
 )
 """What every feature table carries before its own columns."""
 

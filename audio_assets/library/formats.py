@@ -2,11 +2,14 @@
 
 import codecs
 import re
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from robustness.file_evidence import PLAUSIBLE, FileEvidence, FileState
+
+_FRAMES, _FRAMES_BYTES = 6, 1 << 16
+"""Frames that must follow one another within other bytes, and what holds them."""
 
 HEAD_BYTES = 4096
 """Bytes of a file that its format is recognized by, its *head*: two MPEG audio frames fit in."""
@@ -22,27 +25,29 @@ class Format:
         Name, for people.
     signature : bytes
         Regular expression (DOTALL) for the first bytes of such a file.
+    demuxer : str
+        FFmpeg's name of what reads it; empty for what may be of several formats.
     always, sometimes : str
         Extensions, separated by spaces, of files that always begin so and of files that may.
     by_soundfile : bool
         Whether libsndfile reads the format; FFmpeg reads them all.
-    salvaged : bool
-        Whether the signature is searched for within damaged files, to salvage their audio.
-    check : callable, optional
-        Whether a head is of this format, where the signature alone is too short.
+    framed : bool
+        Whether the signature is of a frame, too short to tell the format: other frames must follow.
     """
 
     name: str
     signature: bytes
+    demuxer: str = ""
     always: str = ""
     sometimes: str = ""
     by_soundfile: bool = False
-    salvaged: bool = False
-    check: Callable[[bytes], bool] = lambda head: True
+    framed: bool = False
 
-    def matches(self, head: bytes) -> bool:
+    def matches(self, head: bytes, frames: int = 2) -> bool:
         """Return whether a file with this head is of the format."""
-        return bool(re.match(self.signature, head, re.DOTALL)) and self.check(head)
+        return bool(re.match(self.signature, head, re.DOTALL)) and (
+            not self.framed or _has_frames(head, frames)
+        )
 
     @property
     def extensions(self) -> frozenset[str]:
@@ -64,72 +69,95 @@ _KILOBITS = {  # By (whether MPEG 1, layer), for the bit rate indices from 1.
 }
 
 
-def _is_mpeg_audio(head: bytes) -> bool:
-    """Return whether two frames of MPEG audio or ADTS follow one another at the start."""
-    length = _frame_bytes(head)
-    return length > 0 and _frame_bytes(head[length:]) > 0
+@dataclass(frozen=True)
+class MpegFrame:
+    """What the header of an MPEG audio frame says: its size (bytes), samples and rate (Hz)."""
+
+    size: int
+    samples: int
+    sample_rate: int
 
 
-def _frame_bytes(data: bytes) -> int:
-    """Return the length of the frame whose header `data` begins with, 0 if there is none.
+def mpeg_frame(data: bytes) -> MpegFrame | None:
+    """Return the MPEG audio frame whose header `data` begins with; None if there is none.
 
-    MPEG audio: ISO/IEC 11172-3, 2.4.1.3 and 2.4.3.1, with the lower sample rates of
-    ISO/IEC 13818-3 and of MPEG 2.5; ADTS: ISO/IEC 13818-7, 6.2.
+    Sources: ISO/IEC 11172-3, 2.4.1.3 and 2.4.3.1, with the lower sample rates of ISO/IEC 13818-3
+    and of MPEG 2.5.
     """
-    if len(data) < 6 or data[0] != 0xFF or data[1] & 0xE0 != 0xE0:
-        return 0
+    if len(data) < 4 or data[0] != 0xFF or data[1] & 0xE0 != 0xE0:
+        return None
     version, layer = data[1] >> 3 & 3, 4 - (data[1] >> 1 & 3)
-    if layer == 4:
-        is_adts = data[1] & 0x10 and data[2] >> 2 & 15 < 13
-        return (data[3] & 3) << 11 | data[4] << 3 | data[5] >> 5 if is_adts else 0
     bit_rate, sample_rate, padding = data[2] >> 4, data[2] >> 2 & 3, data[2] >> 1 & 1
-    if version == 1 or bit_rate in (0, 15) or sample_rate == 3:
-        return 0
+    if version == 1 or layer == 4 or bit_rate in (0, 15) or sample_rate == 3:
+        return None
     is_mpeg_1 = version == 3
     hertz = (44100, 48000, 32000)[sample_rate] >> {3: 0, 2: 1, 0: 2}[version]
     bits_per_second = 1000 * _KILOBITS[(is_mpeg_1, layer)][bit_rate - 1]
     if layer == 1:
-        return (12 * bits_per_second // hertz + padding) * 4
+        return MpegFrame((12 * bits_per_second // hertz + padding) * 4, 384, hertz)
     samples = 576 if layer == 3 and not is_mpeg_1 else 1152
-    return samples // 8 * bits_per_second // hertz + padding
+    return MpegFrame(samples // 8 * bits_per_second // hertz + padding, samples, hertz)
+
+
+def frame_bytes(data: bytes) -> int:
+    """Return the size of the MPEG audio or ADTS frame `data` begins with; 0 if there is none.
+
+    Source for ADTS: ISO/IEC 13818-7, 6.2.
+    """
+    if frame := mpeg_frame(data):
+        return frame.size
+    is_adts = len(data) >= 6 and data[0] == 0xFF and data[1] & 0xF6 == 0xF0
+    if is_adts and data[2] >> 2 & 15 < 13:
+        return (data[3] & 3) << 11 | data[4] << 3 | data[5] >> 5
+    return 0
+
+
+def _has_frames(data: bytes, count: int) -> bool:
+    """Return whether as many frames of MPEG audio or ADTS follow one another at the start."""
+    position = 0
+    for _ in range(count):
+        if not (length := frame_bytes(data[position : position + 6])):
+            return False
+        position += length
+    return True
 
 
 # fmt: off
 FORMATS = (
-    Format("WAV", rb"RIFF....WAVE", "wav wave bwf", "dts", by_soundfile=True, salvaged=True),
-    Format("RF64", rb"(?:RF64|BW64)....WAVE", "rf64", "wav wave bwf",
-           by_soundfile=True, salvaged=True),
-    Format("Wave64", rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0", "w64",
+    Format("WAV", rb"RIFF....WAVE", "wav", "wav wave bwf", "dts", by_soundfile=True),
+    Format("RF64", rb"(?:RF64|BW64)....WAVE", "wav", "rf64", "wav wave bwf", by_soundfile=True),
+    Format("Wave64", rb"riff\x2e\x91\xcf\x11\xa5\xd6\x28\xdb\x04\xc1\0\0", "w64", "w64",
            by_soundfile=True),
-    Format("AIFF", rb"FORM....AIF[FC]", "aif aiff aifc", by_soundfile=True, salvaged=True),
-    Format("FLAC", rb"fLaC[\0\x80]\0\0\x22", "flac", by_soundfile=True, salvaged=True),
-    Format("Ogg", rb"OggS\0\x02", "ogg oga opus spx ogv", by_soundfile=True, salvaged=True),
+    Format("AIFF", rb"FORM....AIF[FC]", "aiff", "aif aiff aifc", by_soundfile=True),
+    Format("FLAC", rb"fLaC[\0\x80]\0\0\x22", "flac", "flac", by_soundfile=True),
+    Format("Ogg", rb"OggS\0\x02", "ogg", "ogg oga opus spx ogv", by_soundfile=True),
     Format("MP4", rb"\0\0\0.ftyp(?!hei|hev|mif1|msf1|avi|crx|jxl)",  # not the still images
-           "m4a m4b m4p m4r 3ga alac", "mp4 mov 3gp 3g2 aac", salvaged=True),
-    Format("ASF", rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\0\xaa\0\x62\xce\x6c", "wma asf wmv",
-           salvaged=True),
-    Format("Matroska", rb"\x1a\x45\xdf\xa3", "mka mkv webm weba", salvaged=True),
-    Format("Core Audio", rb"caff\0\x01\0\0", "caf", by_soundfile=True, salvaged=True),
+           "mov", "m4a m4b m4p m4r 3ga alac", "mp4 mov 3gp 3g2 aac"),
+    Format("ASF", rb"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\0\xaa\0\x62\xce\x6c", "asf",
+           "wma asf wmv"),
+    Format("Matroska", rb"\x1a\x45\xdf\xa3", "matroska", "mka mkv webm weba"),
+    Format("Core Audio", rb"caff\0\x01\0\0", "caf", "caf", by_soundfile=True),
     # Versions 3.80 to 4.00, which rule out text.
-    Format("Monkey's Audio", rb"MAC (?:[\xd8-\xff]\x0e|[\0-\xa0]\x0f)", "ape"),
-    Format("WavPack", rb"wvpk", "wv"),
-    Format("True Audio", rb"TTA1", "tta"),
-    Format("Musepack", rb"MPCK|MP\+[\x07\x17]", "mpc mpp"),
-    Format("TAK", rb"tBaK", "tak"),
-    Format("Shorten", rb"ajkg[\2\3]", "shn"),
-    Format("AU", rb"\.snd\0", "au snd", by_soundfile=True),
-    Format("VOC", rb"Creative Voice File\x1a", "voc", by_soundfile=True),
-    Format("DSF", rb"DSD \x1c\0\0\0", "dsf"),
-    Format("DSDIFF", rb"FRM8.{8}DSD ", "dff"),
-    Format("AMR", rb"#!AMR", "amr awb"),
-    Format("RealAudio", rb"\.ra\xfd", "", "ra"),
-    Format("DTS", rb"\x7f\xfe\x80\x01", "", "dts"),
+    Format("Monkey's Audio", rb"MAC (?:[\xd8-\xff]\x0e|[\0-\xa0]\x0f)", "ape", "ape"),
+    Format("WavPack", rb"wvpk", "wv", "wv"),
+    Format("True Audio", rb"TTA1", "tta", "tta"),
+    Format("Musepack SV8", rb"MPCK", "mpc8", "mpc mpp"),
+    Format("Musepack SV7", rb"MP\+[\x07\x17]", "mpc", "mpc mpp mp+"),
+    Format("TAK", rb"tBaK", "tak", "tak"),
+    Format("Shorten", rb"ajkg[\2\3]", "shn", "shn"),
+    Format("AU", rb"\.snd\0", "au", "au snd", by_soundfile=True),
+    Format("VOC", rb"Creative Voice File\x1a", "voc", "voc", by_soundfile=True),
+    Format("DSF", rb"DSD \x1c\0\0\0", "dsf", "dsf"),
+    Format("DSDIFF", rb"FRM8.{8}DSD ", "iff", "dff"),
+    Format("AMR", rb"#!AMR", "amr", "amr awb"),
+    Format("RealAudio", rb"\.ra\xfd", "rm", "", "ra"),
+    Format("DTS", rb"\x7f\xfe\x80\x01", "dts", "", "dts"),
     # ID3v2 tags are put before several formats.
-    Format("ID3-tagged audio", rb"ID3[\2-\4]", "", "mp3 mp2 mpga aac flac tta wav aif aiff dsf",
-           by_soundfile=True),
-    Format("ADTS AAC", rb"\xff[\xf0\xf1\xf8\xf9]", "", "aac adts", check=_is_mpeg_audio),
-    Format("MPEG audio", rb"\xff[^\xf0\xf1\xf8\xf9]", "", "mp3 mp2 mp1 mpga mpeg",
-           by_soundfile=True, check=_is_mpeg_audio),
+    Format("ID3-tagged audio", rb"ID3[\2-\4]", "",
+           "", "mp3 mp2 mpga aac flac tta wav aif aiff dsf ape mpc", by_soundfile=True),
+    Format("ADTS AAC", rb"\xff[\xf0\xf1\xf8\xf9]", "aac", "", "aac adts", framed=True),
+    Format("MPEG audio", rb"\xff[^\xf0\xf1\xf8\xf9]", "mp3", "", "mp3 mp2 mp1 mpga mpeg",
+           by_soundfile=True, framed=True),
 )
 """The formats that the decoders read."""
 
@@ -146,11 +174,6 @@ _ALWAYS = frozenset[str]().union(*(_extensions(known.always) for known in FORMAT
 
 AUDIO_EXTENSIONS = _KNOWN - VIDEO_EXTENSIONS | {".ac3", ".eac3", ".gsm"}
 """Extensions (lower case) that say that a file holds audio and nothing else."""
-
-STREAM_START = re.compile(
-    b"|".join(known.signature for known in FORMATS if known.salvaged), re.DOTALL
-)
-"""Finds where an audio stream begins within a file; MPEG audio and ADTS have frames instead."""
 
 _OTHER_CONTENT = {
     b"%PDF-": "a PDF document",
@@ -175,6 +198,23 @@ def format_of(head: bytes) -> Format | None:
     them do not.
     """
     return next((known for known in FORMATS if known.matches(head)), None)
+
+
+def starts_within(data: bytes) -> Iterator[tuple[int, Format]]:
+    """Yield the positions where a file of some format may begin, and the format, in order.
+
+    Where a signature is of a single frame, a run of frames counts as one start.
+    """
+    found = []
+    for known in FORMATS:
+        if not known.demuxer:
+            continue
+        for match in re.finditer(known.signature, data, re.DOTALL):
+            if known.matches(data[match.start() : match.start() + _FRAMES_BYTES], _FRAMES):
+                found.append((match.start(), known))
+                if known.framed:
+                    break
+    yield from sorted(found, key=lambda start: start[0])
 
 
 def is_text(head: bytes) -> bool:

@@ -2,8 +2,10 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from audio_assets.features import FEATURE_SETS
+from audio_assets.features.base import Row
 from audio_assets.library.scan import FileEntry
 from audio_assets.warehouse.inventory import unchanged_contents
 from audio_assets.warehouse.landing import Landing
@@ -28,7 +30,7 @@ class Backlog:
 
 
 def find_backlog(files: Sequence[FileEntry], landing: Landing) -> Backlog:
-    """Find the files with a cell that is missing, failed, outdated or of a changed file.
+    """Find the files with a cell that is missing, failed, outdated, due again or of a changed file.
 
     Parameters
     ----------
@@ -49,13 +51,14 @@ def find_backlog(files: Sequence[FileEntry], landing: Landing) -> Backlog:
         version = feature_set.code_version
         rows = landing.latest(
             feature_table(feature_set).landing_name,
-            columns=("file_key", "content_hash", "code_version"),
+            columns=("file_key", "content_hash", "code_version", "retry_after"),
         )
         done = {
             row["file_key"]
             for row in rows
             if row["code_version"] == version
             and unchanged.get(row["file_key"]) == row["content_hash"]
+            and not is_due(row)
         }
         missing = unchanged.keys() - done
         not_done |= missing
@@ -64,6 +67,11 @@ def find_backlog(files: Sequence[FileEntry], landing: Landing) -> Backlog:
         todo=[e.file_key for e in files if e.file_key not in unchanged or e.file_key in to_compute],
         done=unchanged.keys() - not_done,
     )
+
+
+def is_due(row: Row) -> bool:
+    """Return whether a degraded row is to be computed again now."""
+    return row["retry_after"] is not None and row["retry_after"] <= datetime.now(UTC)
 
 
 def release_contents(content_hashes: Collection[str], feature_sets: Collection[str]) -> None:

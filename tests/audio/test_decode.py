@@ -1,4 +1,5 @@
 import errno
+import math
 import os
 import subprocess
 import sys
@@ -125,46 +126,6 @@ def test_source_is_the_stream_as_decoded(tmp_path: Path) -> None:
         assert source.stream_bytes == sum(packet.size for packet in container.demux(audio=0))
 
 
-@pytest.mark.parametrize("decoder", ["av", "soundfile"])
-@pytest.mark.parametrize(
-    "name",
-    ["wav16.wav", "float.wav", "rf64.wav", "a.aiff", "a.flac", "a.mp3", "a.ogg", "a.opus"],
-)
-def test_half_a_file_is_corrupt(tmp_path: Path, name: str, decoder: str) -> None:
-    path = encode_format(tmp_path, name)
-    os.truncate(path, path.stat().st_size // 2)
-
-    with pytest.raises(CorruptFileError, match=r"breaks off after 1\.\d s|cannot be decoded"):
-        decoded(path, decoder=decoder)
-    assert list(tmp_path.iterdir()) == [path]
-
-
-@pytest.mark.parametrize("name", ["a.m4a", "alac.m4a", "a.wma", "a.mka"])
-def test_half_a_file_of_a_container_that_states_its_length_is_corrupt(
-    tmp_path: Path, name: str
-) -> None:
-    path = encode_format(tmp_path, name)
-    os.truncate(path, path.stat().st_size // 2)
-
-    with pytest.raises(CorruptFileError, match=r"breaks off after [12]\.\d s of the 3\.\d s"):
-        decoded(path)
-
-
-def test_mp4_without_its_index_is_corrupt(tmp_path: Path) -> None:
-    path = encode(tmp_path / "a.m4a", "aac", tone())
-    os.truncate(path, path.stat().st_size // 2)
-
-    with pytest.raises(CorruptFileError, match="header is damaged"):
-        decoded(path)
-
-
-def test_mp3_without_a_stated_length_may_end_anywhere(tmp_path: Path) -> None:
-    path = encode(tmp_path / "a.mp3", "libmp3lame", tone(), options={"write_xing": "0"})
-    os.truncate(path, path.stat().st_size // 2)
-
-    assert decoded(path).duration_s == pytest.approx(SECONDS / 2, abs=0.1)
-
-
 def test_wav_of_unknown_length_is_read_to_its_end(tmp_path: Path) -> None:
     path = encode_format(tmp_path, "wav16.wav")
     content = bytearray(path.read_bytes())
@@ -173,23 +134,6 @@ def test_wav_of_unknown_length_is_read_to_its_end(tmp_path: Path) -> None:
     path.write_bytes(content)
 
     assert decoded(path).duration_s == pytest.approx(SECONDS)
-
-
-def test_missing_two_percent_is_forgiven(tmp_path: Path) -> None:
-    path = encode_format(tmp_path, "wav16.wav")
-    os.truncate(path, int(path.stat().st_size * 0.985))
-
-    assert decoded(path).duration_s == pytest.approx(0.985 * SECONDS, abs=0.02)
-
-
-def test_a_flac_with_a_hole_is_corrupt(tmp_path: Path) -> None:
-    path = encode_format(tmp_path, "a.flac")
-    content = bytearray(path.read_bytes())
-    content[len(content) // 4 : len(content) // 2] = bytes(len(content) // 2 - len(content) // 4)
-    path.write_bytes(content)
-
-    with pytest.raises(CorruptFileError):
-        decoded(path)
 
 
 @pytest.mark.parametrize(
@@ -435,12 +379,17 @@ def test_rates_and_channels_that_do_not_exist_are_refused(
         decoded(path, decoder=decoder)
 
 
-def test_audio_that_is_too_long_is_refused(tmp_path: Path) -> None:
-    path = write_wav(tmp_path / "a.wav", 8000, seconds=5.0)
-    decode(path, tmp_path / "whole.npy", limits=Limits(longest_h=0.01))
-    with pytest.raises(UnsupportedFormatError, match=r"longer than 0\.001 h.*AUDIO_MAX_HOURS"):
-        decode(path, tmp_path / "b.npy", limits=Limits(longest_h=0.001))
-    assert not list(tmp_path.glob("b.npy*"))
+def test_of_audio_that_is_too_long_the_beginning_is_decoded(tmp_path: Path) -> None:
+    path = tmp_path / "a.flac"
+    soundfile.write(path, np.zeros(8000 * 30), 8000)
+    assert decode(path, tmp_path / "a.npy", limits=Limits(longest_h=0.01)).damage is None
+    source = decode(path, tmp_path / "b.npy", limits=Limits(longest_h=0.002))
+    assert source.damage == "is longer than 0.002 h, which AUDIO_MAX_HOURS allows"
+    assert source.complete_share == pytest.approx(source.duration_s / 30.0, abs=0.03)
+    assert 7.2 <= source.duration_s < 17.0
+    with pytest.raises(CorruptFileError, match="AUDIO_MAX_HOURS"):
+        decode(path, tmp_path / "c.npy", limits=Limits(longest_h=0.002, shortest_s=math.inf))
+    assert not list(tmp_path.glob("c.npy*"))
 
 
 def test_decoding_leaves_space_on_the_disk(tmp_path: Path) -> None:

@@ -6,8 +6,7 @@ from pathlib import Path
 import av
 import pytest
 
-from audio_assets.audio.errors import DecoderError
-from audio_assets.audio.opening import open_container, translated
+from audio_assets.audio.opening import open_container
 from tests.conftest import PROJECT, write_tone
 
 OPENING = PROJECT / "audio_assets" / "audio" / "opening.py"
@@ -58,9 +57,3 @@ def test_errors_of_the_disk_are_not_the_decoders(tmp_path: Path) -> None:
     ):
         list(container.demux())
     assert not isinstance(raised.value, av.error.FFmpegError)
-
-
-def test_permissions_that_the_decoder_lacks_are_of_its_own_making() -> None:
-    error = translated(av.error.PermissionError(errno.EPERM, "Operation not permitted"))
-    assert isinstance(error, DecoderError)
-    assert not error.systemic

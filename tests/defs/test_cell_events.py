@@ -80,12 +80,13 @@ def test_computed_cell_has_values_and_a_picture() -> None:
         "top_tags": ["rock", "jazz"],
         "top_tag": "rock",
         "patches": 3,
-        **dict.fromkeys(("content_hash", "code_version", "extractor"), "x"),
+        **dict.fromkeys(("content_hash", "code_version", "extractor", "degraded"), "x"),
     }
     done = CellOutcome(FILE, "musicnn", CellStatus.MATERIALIZED, row=row, audio_s=9.0)
     event = materialization(KEY, FEATURE_SETS["musicnn"], done)
     assert event.metadata["top_tag"].value == "rock"
     assert event.metadata["patches"].value == 3
+    assert event.metadata["degraded"].value == "x"
     picture = event.metadata["picture"]
     assert isinstance(picture, dg.MarkdownMetadataValue)
     assert picture.value is not None

@@ -10,7 +10,12 @@ import pytest
 from dagster._daemon.types import DaemonHeartbeat
 
 from audio_assets.defs import long_waits
-from audio_assets.defs.long_waits import RETRY_AT_TAG, WAITING_SINCE_TAG
+from audio_assets.defs.long_waits import (
+    DEGRADED_TAG,
+    RETRY_AT_TAG,
+    WAITING_SETS_TAG,
+    WAITING_SINCE_TAG,
+)
 from audio_assets.defs.partitions import RESULT_TAG
 from audio_assets.defs.sensors import resume_deferred
 from robustness.circuit_breaker import get_circuit_breaker
@@ -74,3 +79,22 @@ def test_without_a_daemon_a_run_waits_in_place_and_fails_in_the_end(
     run = instance.get_run_by_id(run_all(root, instance))
     assert run is not None
     assert run.tags[RESULT_TAG] == "incomplete"
+
+
+def test_degraded_rows_are_requested_again_when_they_are_due(
+    root: Path, instance: dg.DagsterInstance
+) -> None:
+    put(root / "a.wav")
+    run_id = run_all(root, instance)
+    assert requests(instance) == []
+    due = {
+        DEGRADED_TAG: "true",
+        RETRY_AT_TAG: (datetime.now(UTC) + timedelta(hours=1)).isoformat(),
+        WAITING_SETS_TAG: "metadata",
+    }
+    instance.add_run_tags(run_id, due)
+    assert requests(instance) == []
+    instance.add_run_tags(run_id, {RETRY_AT_TAG: datetime.now(UTC).isoformat()})
+    [request] = requests(instance)
+    assert request.asset_selection == [dg.AssetKey(["features", "metadata"])]
+    assert WAITING_SINCE_TAG not in request.tags

@@ -1,6 +1,7 @@
 """What becomes of each cell of a file, from what is known."""
 
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 
 import pytest
 
@@ -11,7 +12,9 @@ from tests import faults
 
 PLAIN = faults.feature_set("plain", faults.sound)
 TAGS = replace(faults.feature_set("tags", faults.length_of_file), reads="file")
-OWN, OTHER = {"value": 1.0}, {"value": 2.0}
+OWN, OTHER = ({"value": value, "retry_after": None} for value in (1.0, 2.0))
+DUE = OWN | {"retry_after": datetime.now(UTC) - timedelta(seconds=1)}
+WAITS = OWN | {"retry_after": datetime.now(UTC) + timedelta(hours=1)}
 BARRED = QuarantinedCell(
     content_hash="abc",
     feature_set="plain",
@@ -33,6 +36,9 @@ BARRED = QuarantinedCell(
         # Tags are the file's own: another file's are not copied.
         (Known({"abc": {"music/b.wav": OTHER}}), Copy(OTHER), Compute()),
         (Known({"other": {"music/a.wav": OWN}}), Compute(), Compute()),
+        (Known({"abc": {"music/a.wav": DUE}}), Compute(DUE), Compute(DUE)),
+        (Known({"abc": {"music/a.wav": WAITS}}), Reuse(WAITS), Reuse(WAITS)),
+        (Known({"abc": {"music/b.wav": DUE}}), Compute(), Compute()),
     ],
 )
 def test_rows_in_force_are_used(known: Known, plain: object, tags: object) -> None:

@@ -1,15 +1,19 @@
 """Work that failed by its input's own fault, and is not tried again until the input changes."""
 
 import fnmatch
+import json
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from robustness.settings import get_settings
 from robustness.state import StateStore, get_state_store
 from robustness.state_schema import insert_into, quarantine
+
+Conditions = Mapping[str, float | str]
 
 _HASHES_PER_QUERY = 500
 """Below the number of variables that every SQLite takes in one statement."""
@@ -38,6 +42,9 @@ class QuarantinedCell:
     code_version : str or None
         Version of the feature set's code it failed with, which alone it is quarantined for; None
         for all versions.
+    conditions : mapping of str to float or str, or None
+        Limits and versions under which it failed. Under larger limits or other versions it is tried
+        again. None if it would fail under any: its content is at fault.
     """
 
     content_hash: str
@@ -49,6 +56,34 @@ class QuarantinedCell:
     last_failed_at: float
     attempts: int
     code_version: str | None = None
+    conditions: Conditions | None = None
+
+    def holds(self, code_version: str | None = None, conditions: Conditions | None = None) -> bool:
+        """Return whether it is not to be tried now.
+
+        Parameters
+        ----------
+        code_version : str, optional
+            Version of the feature set's code now. Default: any.
+        conditions : mapping of str to float or str, optional
+            Limits and versions now. Default: it is in quarantine under any.
+        """
+        if None not in (code_version, self.code_version) and self.code_version != code_version:
+            return False
+        if self.conditions is None or conditions is None:
+            return True
+        is_better = any(
+            _is_better(conditions[name], before)
+            for name, before in self.conditions.items()
+            if name in conditions
+        )
+        return not is_better and not self._has_parole()
+
+    def _has_parole(self) -> bool:
+        """Return whether it was left alone for as long as it had been failing before."""
+        first_s = get_settings().parole_days * 86400
+        waited_s = time.time() - self.last_failed_at
+        return 0 < first_s < waited_s > self.last_failed_at - self.first_failed_at
 
 
 class Quarantine:
@@ -67,13 +102,22 @@ class Quarantine:
         self._store = store or get_state_store()
 
     def check(
-        self, content_hash: str, feature_set: str, code_version: str | None = None
+        self,
+        content_hash: str,
+        feature_set: str,
+        code_version: str | None = None,
+        conditions: Conditions | None = None,
     ) -> QuarantinedCell | None:
         """Return the quarantined cell, None if it is not quarantined."""
-        return self.check_many([content_hash], feature_set, code_version).get(content_hash)
+        found = self.check_many([content_hash], feature_set, code_version, conditions)
+        return found.get(content_hash)
 
     def check_many(
-        self, content_hashes: Collection[str], feature_set: str, code_version: str | None = None
+        self,
+        content_hashes: Collection[str],
+        feature_set: str,
+        code_version: str | None = None,
+        conditions: Conditions | None = None,
     ) -> dict[str, QuarantinedCell]:
         """Return those contents that are quarantined for a feature set, by their hashes.
 
@@ -83,8 +127,8 @@ class Quarantine:
             The contents.
         feature_set : str
             The feature set.
-        code_version : str, optional
-            Leave out what another version of the feature set's code failed with.
+        code_version, conditions
+            As for `QuarantinedCell.holds`: what is to be tried now is left out.
         """
         hashes = list(content_hashes)
 
@@ -98,11 +142,11 @@ class Quarantine:
                         quarantine.c.content_hash.in_(some),
                     )
                 ).mappings()
-                found.update({row["content_hash"]: QuarantinedCell(**row) for row in rows})
+                found.update({row["content_hash"]: _cell(row) for row in rows})
             return {
                 content_hash: cell
                 for content_hash, cell in found.items()
-                if None in (code_version, cell.code_version) or cell.code_version == code_version
+                if cell.holds(code_version, conditions)
             }
 
         return self._store.query(select)
@@ -117,13 +161,14 @@ class Quarantine:
         reason: str,
         attempts: int = 1,
         code_version: str | None = None,
+        conditions: Conditions | None = None,
     ) -> None:
         """Quarantine a cell, or record that one in quarantine failed again.
 
         Parameters
         ----------
-        content_hash, feature_set, file_key, error_type, reason, code_version
-            As in `QuarantinedCell`; the latest file, error, reason and version are kept.
+        content_hash, feature_set, file_key, error_type, reason, code_version, conditions
+            As in `QuarantinedCell`; all but the first two are replaced by the latest.
         attempts : int
             Attempts made since it was last recorded.
         """
@@ -140,6 +185,7 @@ class Quarantine:
                 last_failed_at=now,
                 attempts=attempts,
                 code_version=code_version,
+                conditions=None if conditions is None else json.dumps(dict(conditions)),
             )
             new = insert.excluded
             connection.execute(
@@ -152,6 +198,7 @@ class Quarantine:
                         "last_failed_at": new.last_failed_at,
                         "attempts": quarantine.c.attempts + new.attempts,
                         "code_version": new.code_version,
+                        "conditions": new.conditions,
                     },
                 )
             )
@@ -203,4 +250,16 @@ class Quarantine:
 def _select_all(connection: Connection) -> list[QuarantinedCell]:
     order = (quarantine.c.file_key, quarantine.c.feature_set, quarantine.c.content_hash)
     rows = connection.execute(sa.select(quarantine).order_by(*order)).mappings()
-    return [QuarantinedCell(**row) for row in rows]
+    return [_cell(row) for row in rows]
+
+
+def _cell(row: sa.RowMapping) -> QuarantinedCell:
+    conditions = row["conditions"] and json.loads(row["conditions"])
+    return QuarantinedCell(**{**row, "conditions": conditions or None})
+
+
+def _is_better(now: float | str, before: float | str) -> bool:
+    """Return whether a limit is larger than before, or a version another one."""
+    if isinstance(now, str) or isinstance(before, str):
+        return now != before
+    return now > before

@@ -119,6 +119,12 @@ class RobustnessSettings(BaseSettings):
         validation_alias="ROBUSTNESS_RETRY_TOTAL_SECONDS",
         description="Time (s) that one cell may take with all its retries and waits",
     )
+    parole_days: NonNegativeFloat = Field(
+        default=7.0,
+        validation_alias="ROBUSTNESS_PAROLE_DAYS",
+        description="Days after which a cell that is in quarantine for time, memory or a crash is "
+        "tried once more, then after as long as it has been failing; 0 for never",
+    )
     worker_memory_mib: PositiveInt | None = Field(
         default=None,
         validation_alias="ROBUSTNESS_WORKER_MEMORY_MIB",

@@ -20,7 +20,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.dialects import postgresql, sqlite
 
-SCHEMA_REVISION = "0003"
+SCHEMA_REVISION = "0004"
 """The newest migration; a store at this revision is used without loading alembic."""
 
 TEXT_LIMIT = 4000
@@ -173,6 +173,7 @@ quarantine = Table(
     Column("last_failed_at", Float, nullable=False),
     Column("attempts", Integer, nullable=False),
     Column("code_version", CleanText),
+    Column("conditions", CleanText),
 )
 
 

@@ -48,7 +48,7 @@ from audio_assets.features.base import FeatureSet, Row
 from audio_assets.library.file_keys import FileKeyError
 from audio_assets.library.files import FileChangedError, FileStamp, Identity
 from audio_assets.library.scan import Library
-from audio_assets.warehouse.backlog import release_contents
+from audio_assets.warehouse.backlog import conditions_of, release_contents
 from audio_assets.warehouse.inventory import known_identities
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import feature_table
@@ -445,7 +445,9 @@ class Engine:
             for row in self._landing.latest(table, where=("content_hash", hashes)):
                 if row["code_version"] == feature_set.code_version:
                     rows[row["content_hash"]][row["file_key"]] = row
-            quarantined = quarantine.check_many(hashes, feature_set.name, feature_set.code_version)
+            quarantined = quarantine.check_many(
+                hashes, feature_set.name, feature_set.code_version, conditions_of(feature_set)
+            )
             known[feature_set.name] = Known(rows, quarantined)
         return known
 

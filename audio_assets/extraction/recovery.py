@@ -175,6 +175,11 @@ def is_files_own_fault(error: ErrorInfo, *, others_succeed: bool) -> bool:
     )
 
 
+def is_about_content(error: ErrorInfo) -> bool:
+    """Return whether an error says that the file's content is at fault."""
+    return error.error_type in _ABOUT_CONTENT
+
+
 def is_about_file(error: ErrorInfo) -> bool:
     """Return whether an error came from computing with the file, and not from what is around."""
     return error.error_type in _ABOUT_CONTENT | _ABOUT_COMPUTING

@@ -8,17 +8,23 @@ from datetime import UTC, datetime, timedelta
 
 from audio_assets.extraction.cells import Cell, CellOutcome, CellStatus, Deferral, FileWork, Stage
 from audio_assets.extraction.outbox import Outbox
-from audio_assets.extraction.recovery import DECODE, is_disk_full, is_files_own_fault
+from audio_assets.extraction.recovery import (
+    DECODE,
+    is_about_content,
+    is_disk_full,
+    is_files_own_fault,
+)
 from audio_assets.extraction.worker import CellResult
 from audio_assets.features.base import Row
 from audio_assets.library.file_keys import FileKeyError
 from audio_assets.library.formats import check_content
 from audio_assets.library.scan import Library
+from audio_assets.warehouse.backlog import conditions_of
 from audio_assets.warehouse.inventory import inventory_row
 from audio_assets.warehouse.schema import ATTEMPTS, FILES, feature_table
 from robustness.adaptive_timeout import TimeoutDecision, get_timeout_manager
 from robustness.circuit_breaker import Permit
-from robustness.error_classifier import ErrorInfo, RecoveryStrategy, get_error_classifier
+from robustness.error_classifier import ErrorInfo, ErrorType, RecoveryStrategy, get_error_classifier
 from robustness.quarantine import Quarantine
 from robustness.smart_retry import get_retry_manager
 from robustness.worker_pool import Measurement, WorkerFuture, WorkerTimeoutError
@@ -417,7 +423,11 @@ class Results:
         """Quarantine the failed cells of a feature set that failed because of their files."""
         for suspect in self._suspects.pop(feature_set, []):
             cell, content_hash, error = suspect
-            if not is_files_own_fault(error, others_succeed=feature_set in self._succeeding):
+            # What is tried again from quarantine has its verdict.
+            others_succeed = feature_set in self._succeeding or bool(
+                self._quarantine.check(content_hash, feature_set)
+            )
+            if not is_files_own_fault(error, others_succeed=others_succeed):
                 self._suspects[feature_set].append(suspect)
                 continue
             self._quarantine.add(
@@ -428,8 +438,17 @@ class Results:
                 reason=error.reason,
                 attempts=len(cell.history),
                 code_version=cell.feature_set.code_version,
+                conditions=_conditions(cell, error),
             )
             self.note(cell, [file.key for file in cell.files], "quarantined", error)
+
+
+def _conditions(cell: Cell, error: ErrorInfo) -> dict[str, float | str] | None:
+    """Return what a verdict depends on; None if the content alone decides it."""
+    if is_about_content(error):
+        return None
+    limits = {ErrorType.TIMEOUT.value, ErrorType.MEMORY.value} - {error.error_type.value}
+    return {k: v for k, v in conditions_of(cell.feature_set).items() if k not in limits}
 
 
 def _retry(is_degraded: bool, is_passing: bool, former: Row | None) -> Row:

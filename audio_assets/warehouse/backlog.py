@@ -1,16 +1,23 @@
 """The backlog: files with cells to compute, found without reading unchanged files."""
 
+import math
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 
 from audio_assets.features import FEATURE_SETS
-from audio_assets.features.base import Row
+from audio_assets.features.base import FeatureSet, Row
 from audio_assets.library.scan import FileEntry
+from audio_assets.settings import get_settings
 from audio_assets.warehouse.inventory import unchanged_contents
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import feature_table
+from robustness.error_classifier import ErrorType
+from robustness.memory import worker_budget_mib
 from robustness.quarantine import Quarantine
+from robustness.settings import get_settings as get_robustness_settings
 
 
 @dataclass(frozen=True)
@@ -41,14 +48,14 @@ def find_backlog(files: Sequence[FileEntry], landing: Landing) -> Backlog:
     """
     unchanged = unchanged_contents(files, landing)
     quarantined = {
-        (cell.content_hash, name, cell.code_version or FEATURE_SETS[name].code_version)
+        (cell.content_hash, name)
         for cell in Quarantine().list()
         if (name := cell.feature_set) in FEATURE_SETS
+        and cell.holds(FEATURE_SETS[name].code_version, conditions_of(FEATURE_SETS[name]))
     }
     to_compute: set[str] = set()
     not_done: set[str] = set()
     for name, feature_set in FEATURE_SETS.items():
-        version = feature_set.code_version
         rows = landing.latest(
             feature_table(feature_set).landing_name,
             columns=("file_key", "content_hash", "code_version", "retry_after"),
@@ -56,13 +63,13 @@ def find_backlog(files: Sequence[FileEntry], landing: Landing) -> Backlog:
         done = {
             row["file_key"]
             for row in rows
-            if row["code_version"] == version
+            if row["code_version"] == feature_set.code_version
             and unchanged.get(row["file_key"]) == row["content_hash"]
             and not is_due(row)
         }
         missing = unchanged.keys() - done
         not_done |= missing
-        to_compute |= {k for k in missing if (unchanged[k], name, version) not in quarantined}
+        to_compute |= {k for k in missing if (unchanged[k], name) not in quarantined}
     return Backlog(
         todo=[e.file_key for e in files if e.file_key not in unchanged or e.file_key in to_compute],
         done=unchanged.keys() - not_done,
@@ -72,6 +79,20 @@ def find_backlog(files: Sequence[FileEntry], landing: Landing) -> Backlog:
 def is_due(row: Row) -> bool:
     """Return whether a degraded row is to be computed again now."""
     return row["retry_after"] is not None and row["retry_after"] <= datetime.now(UTC)
+
+
+def conditions_of(feature_set: FeatureSet) -> dict[str, float | str]:
+    """Return the limits and versions on which it depends whether a cell can be computed."""
+    limits, settings = get_robustness_settings(), get_settings()
+    memory_mib = limits.worker_memory_mib or worker_budget_mib(settings.workers)
+    versions: dict[str, float | str] = {}
+    for name in ("av", feature_set.extractor, feature_set.alternative):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return versions | {
+        ErrorType.TIMEOUT.value: limits.timeout_max_delay,
+        ErrorType.MEMORY.value: memory_mib if limits.memory_aware else math.inf,
+    }
 
 
 def release_contents(content_hashes: Collection[str], feature_sets: Collection[str]) -> None:

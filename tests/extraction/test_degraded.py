@@ -8,9 +8,10 @@ import pytest
 from audio_assets.extraction import results
 from audio_assets.extraction.cells import CellStatus
 from audio_assets.features.base import FeatureSet, Row
+from robustness.settings import get_settings
 from tests import faults
 from tests.conftest import write_tone
-from tests.extraction.test_engine import engine, latest, library
+from tests.extraction.test_engine import all_attempts, engine, latest, library
 
 __all__ = ["library"]
 
@@ -32,6 +33,11 @@ def analyse(root: Path, tmp_path: Path, feature_set: FeatureSet) -> set[CellStat
     with engine(root, tmp_path, feature_set) as shared:
         shared.begin([feature_set], keys)
         return {outcome.status for outcome in shared.drive(feature_set.name, hold_s=200.0)}
+
+
+def attempts_of(file_key: str, tmp_path: Path, feature_set: FeatureSet) -> list[Row]:
+    rows = all_attempts(tmp_path, feature_set)
+    return [row for row in rows if row["file_key"] == file_key and row["attempt"]]
 
 
 def test_partial_audio_is_final(library: Path, tmp_path: Path) -> None:
@@ -103,3 +109,24 @@ def test_a_degraded_row_stays_if_it_cannot_be_made_good(library: Path, tmp_path:
         assert after[name]["computed_at"] == row["computed_at"]
         assert after[name]["degraded_since"] == row["degraded_since"]
         assert after[name]["retry_after"] > row["retry_after"]
+
+
+def test_what_hangs_is_tried_again_with_more_time_and_only_then(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hanging = faults.feature_set("plain", faults.hang, faults.hang)
+    monkeypatch.setenv("TIMEOUT_BASE_DELAY", "1")
+
+    def tries(longest: str) -> int:
+        """Return how often the bad file is tried in a run with that longest timeout (s)."""
+        monkeypatch.setenv("TIMEOUT_MAX_DELAY", longest)
+        get_settings.cache_clear()
+        before = len(attempts_of("music/bad.wav", tmp_path, hanging))
+        analyse(library, tmp_path, hanging)
+        return len(attempts_of("music/bad.wav", tmp_path, hanging)) - before
+
+    assert tries("5") > 0
+    assert tries("5") == 0
+    assert tries("4") == 0
+    assert tries("5.5") > 0
+    assert tries("5.5") == 0

@@ -3,6 +3,7 @@ import time
 import pytest
 
 from robustness.quarantine import Quarantine
+from robustness.settings import get_settings
 from robustness.state import StateStore
 from tests.robustness.shared_state import run_in_processes
 
@@ -118,3 +119,54 @@ def test_cell_is_barred_for_the_version_of_the_code_it_failed_with(
     assert quarantine.check_many(hashes, "key", "2").keys() == {"every version"}
     assert quarantine.check_many(hashes, "key").keys() == set(hashes)
     assert quarantine.check("one version", "key", "2") is None
+
+
+def test_cell_is_tried_again_under_better_conditions_and_only_then(quarantine: Quarantine) -> None:
+    quarantine.add(
+        "h1",
+        "key",
+        file_key="a.mp3",
+        error_type="timeout",
+        reason="too slow",
+        conditions={"timeout": 600.0, "essentia": "1"},
+    )
+    for worse in ({"timeout": 600.0, "essentia": "1"}, {"timeout": 300.0}, {"memory": 9e9}, None):
+        assert quarantine.check("h1", "key", conditions=worse)
+    for better in ({"timeout": 601.0, "essentia": "1"}, {"essentia": "2"}):
+        assert quarantine.check("h1", "key", conditions=better) is None
+    # What its content made fail stays.
+    add(quarantine, "h2", "key")
+    assert quarantine.check("h2", "key", conditions={"timeout": 1e9})
+
+
+def test_parole_comes_after_growing_intervals(
+    quarantine: Quarantine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, day = time.time(), 86400.0
+    now = [start]
+    monkeypatch.setattr("robustness.quarantine.time.time", lambda: now[0])
+
+    def fail() -> None:
+        quarantine.add(
+            "h1", "key", file_key="a", error_type="timeout", reason="slow", conditions={"av": "1"}
+        )
+
+    def is_held(days: float) -> bool:
+        now[0] = start + days * day
+        return quarantine.check("h1", "key", conditions={"av": "1"}) is not None
+
+    add(quarantine, "h2", "key")
+    fail()
+    assert is_held(6.9)
+    assert not is_held(7.1)
+    fail()
+    assert is_held(14.1)
+    assert not is_held(14.3)
+    fail()
+    assert is_held(28.5)
+    assert not is_held(28.7)
+    assert quarantine.check("h1", "key")
+    assert quarantine.check("h2", "key", conditions={"av": "1"})
+    monkeypatch.setenv("ROBUSTNESS_PAROLE_DAYS", "0")
+    get_settings.cache_clear()
+    assert is_held(1000)

@@ -33,6 +33,7 @@ def test_environment_sets_every_field(monkeypatch: pytest.MonkeyPatch) -> None:
         "CIRCUIT_BREAKER_FAILURE_THRESHOLD": "7",
         "CIRCUIT_BREAKER_RECOVERY_TIMEOUT": "90",
         "ROBUSTNESS_HALF_OPEN_PERMITS": "2",
+        "ROBUSTNESS_PAROLE_DAYS": "14",
         "TIMEOUT_BASE_DELAY": "30",
         "TIMEOUT_MAX_DELAY": "300",
         "TIMEOUT_MEMORY_THRESHOLD": "0.9",

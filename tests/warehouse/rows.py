@@ -128,6 +128,7 @@ def common(key: str, run_id: str = "run 1", at: int = 0) -> dict[str, Any]:
         "computed_at": START + timedelta(seconds=at),
         "run_id": run_id,
         "code_version": "1",
+        **dict.fromkeys(("complete_share", "degraded", "degraded_since", "retry_after")),
     }
 
 

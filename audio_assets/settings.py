@@ -47,6 +47,12 @@ class AudioAssetsSettings(BaseSettings):
         description="Root directories of the library, separated by `:`, each a path or "
         "`name=path`; in addition to those given to `audio-assets analyze` and `scan`",
     )
+    audio_video: str = Field(
+        "",
+        alias="AUDIO_VIDEO",
+        pattern=r"^[\w. ]*$",
+        description="Extensions of video files whose sound is analysed too, such as `mp4 mkv webm`",
+    )
     audio_warehouse: Path | None = Field(
         None,
         alias="AUDIO_WAREHOUSE",

@@ -72,7 +72,7 @@ def settings(model: type[AudioAssetsSettings] | type[RobustnessSettings]) -> str
 def default(field: FieldInfo) -> str:
     """Return a field's default; its description says what is taken where there is none."""
     value = field.default
-    if field.default_factory is not None or value is None or field.is_required():
+    if field.default_factory is not None or value in (None, "") or field.is_required():
         return ""
     if isinstance(value, Path):
         value = value.relative_to(PROJECT)

@@ -391,10 +391,10 @@ def _check_library() -> _Found:
 
 
 def _root_finding(name: str, root: Path) -> Finding:
-    from audio_assets.library.formats import AUDIO_EXTENSIONS
+    from audio_assets.library.scan import audio_extensions
 
     check = f"library {name}"
-    count = 0
+    count, extensions = 0, audio_extensions()
     until = time.monotonic() + COUNTING_S
     try:
         os.scandir(root).close()
@@ -402,7 +402,7 @@ def _root_finding(name: str, root: Path) -> Finding:
         advice = "mount it, or correct AUDIO_LIBRARY; until then it is unreachable"
         return Finding(check, Verdict.FAILED, f"{root}: {error.strerror}", advice)
     for _, _, names in os.walk(root):
-        count += sum(Path(name).suffix.lower() in AUDIO_EXTENSIONS for name in names)
+        count += sum(Path(name).suffix.lower() in extensions for name in names)
         if time.monotonic() > until:
             return _ok(check, f"{root}: more than {count} files of audio formats")
     if not count:

@@ -9,6 +9,7 @@ from pathlib import Path
 from audio_assets.library.file_keys import MAX_KEY_BYTES, FileKeyError, decode_key, encode_key
 from audio_assets.library.files import open_regular
 from audio_assets.library.formats import AUDIO_EXTENSIONS, HEAD_BYTES, VIDEO_EXTENSIONS, format_of
+from audio_assets.settings import get_settings
 
 SYSTEM_DIRECTORIES = frozenset(
     ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
@@ -82,7 +83,7 @@ class LibraryScan:
 class Library:
     """A music library: one or more directories.
 
-    A file belongs to it if its extension is one of `AUDIO_EXTENSIONS`, whatever its content, so
+    A file belongs to it if its extension is one of `audio_extensions`, whatever its content, so
     that the owner of a damaged or mislabelled file sees it fail; or if its first bytes are those
     of an audio format and its extension is not one of `VIDEO_EXTENSIONS`.
 
@@ -186,6 +187,7 @@ class _RootScan:
         self.root = root
         self.below_root = root.rstrip("/") + "/"
         self.found = found
+        self.audio_extensions = audio_extensions()
 
     def run(self) -> None:
         directories = [self.root]
@@ -226,7 +228,7 @@ class _RootScan:
         if _is_hidden(entry.name):
             self.leave_out(entry.path, "a hidden directory")
             return False
-        if _extension(entry.name) in AUDIO_EXTENSIONS:
+        if _extension(entry.name) in self.audio_extensions:
             self.leave_out(entry.path, "a directory with a file's name; what is in it is scanned")
         return True
 
@@ -255,7 +257,7 @@ class _RootScan:
 
     def visit_file(self, entry: os.DirEntry[str]) -> None:
         extension = _extension(entry.name)
-        has_audio_extension = extension in AUDIO_EXTENSIONS
+        has_audio_extension = extension in self.audio_extensions
         if _is_hidden(entry.name):
             if has_audio_extension and not entry.name.startswith("._"):
                 self.leave_out(entry.path, "a hidden file")
@@ -281,6 +283,12 @@ class _RootScan:
 
     def key_of(self, path: str) -> str:
         return encode_key(self.name, os.fsencode(path.removeprefix(self.below_root)))
+
+
+def audio_extensions() -> frozenset[str]:
+    """Return the extensions (lower case) of files that belong to a library, whatever they hold."""
+    videos = get_settings().audio_video.lower().split()
+    return AUDIO_EXTENSIONS | {f".{extension.lstrip('.')}" for extension in videos}
 
 
 def _is_hidden(name: str) -> bool:

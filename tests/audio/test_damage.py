@@ -13,6 +13,7 @@ from audio_assets.audio.errors import AudioFileError, CorruptFileError, Unsuppor
 from audio_assets.audio.pcm import SAMPLE_RATE, SourceInfo
 from audio_assets.library.formats import mpeg_frame
 from tests.audio.test_decode import encode
+from tests.conftest import PROJECT
 
 SECONDS = 8.0
 TIME = np.arange(int(SECONDS * 48000)) / 48000
@@ -21,36 +22,39 @@ SWEEP += np.random.default_rng(0).normal(0, 0.02, SWEEP.shape)
 
 # Codec, container, its options, and whether the file states its length.
 FORMATS: dict[str, tuple[str, str, dict[str, str], bool]] = {
-    "wav": ("pcm_s16le", "wav", {}, True),
-    "rf64": ("pcm_s16le", "wav", {"rf64": "always"}, True),
-    "adpcm in wav": ("adpcm_ms", "wav", {}, True),
-    "mp3 in wav": ("libmp3lame", "wav", {}, True),
-    "w64": ("pcm_s16le", "w64", {}, True),
-    "aiff": ("pcm_s16be", "aiff", {}, True),
-    "caf": ("pcm_s16be", "caf", {}, True),
-    "au": ("pcm_s16be", "au", {}, True),
-    "voc": ("pcm_s16le", "voc", {}, False),
-    "flac": ("flac", "flac", {}, True),
-    "mp3": ("libmp3lame", "mp3", {}, True),
-    "mp3 without header": ("libmp3lame", "mp3", {"write_xing": "0"}, False),
-    "vorbis": ("vorbis", "ogg", {}, False),
-    "opus": ("libopus", "ogg", {}, False),
-    "flac in ogg": ("flac", "ogg", {}, False),
-    "m4a": ("aac", "ipod", {"movflags": "faststart"}, True),
-    "alac": ("alac", "ipod", {"movflags": "faststart"}, True),
-    "dash": ("aac", "mp4", {"movflags": "frag_keyframe+empty_moov"}, False),
-    "mka": ("flac", "matroska", {}, True),
-    "webm": ("libopus", "webm", {}, True),
-    "wma": ("wmav2", "asf", {}, True),
-    "adts": ("aac", "adts", {}, False),
-    "ac3": ("ac3", "ac3", {}, False),
-    "wavpack": ("wavpack", "wv", {}, True),
-    "tta": ("tta", "tta", {}, True),
+    "WAV, PCM": ("pcm_s16le", "wav", {}, True),
+    "RF64, PCM": ("pcm_s16le", "wav", {"rf64": "always"}, True),
+    "WAV, MS ADPCM": ("adpcm_ms", "wav", {}, True),
+    "WAV, MP3": ("libmp3lame", "wav", {}, True),
+    "Wave64, PCM": ("pcm_s16le", "w64", {}, True),
+    "AIFF, PCM": ("pcm_s16be", "aiff", {}, True),
+    "CAF, PCM": ("pcm_s16be", "caf", {}, True),
+    "AU, PCM": ("pcm_s16be", "au", {}, True),
+    "VOC, PCM": ("pcm_s16le", "voc", {}, False),
+    "FLAC": ("flac", "flac", {}, True),
+    "MP3 with Xing or VBRI header": ("libmp3lame", "mp3", {}, True),
+    "MP3 without": ("libmp3lame", "mp3", {"write_xing": "0"}, False),
+    "Ogg, Vorbis": ("vorbis", "ogg", {}, False),
+    "Ogg, Opus": ("libopus", "ogg", {}, False),
+    "Ogg, FLAC": ("flac", "ogg", {}, False),
+    "MP4, AAC": ("aac", "ipod", {"movflags": "faststart"}, True),
+    "MP4, ALAC": ("alac", "ipod", {"movflags": "faststart"}, True),
+    "MP4 in fragments, AAC": ("aac", "mp4", {"movflags": "frag_keyframe+empty_moov"}, False),
+    "Matroska, FLAC": ("flac", "matroska", {}, True),
+    "WebM, Opus": ("libopus", "webm", {}, True),
+    "ASF, WMA 2": ("wmav2", "asf", {}, True),
+    "ADTS, AAC": ("aac", "adts", {}, False),
+    "AC-3": ("ac3", "ac3", {}, False),
+    "WavPack": ("wavpack", "wv", {}, True),
+    "True Audio": ("tta", "tta", {}, True),
 }
 # An end that no structure of these proves, as a packet may end anywhere.
-CUT_UNSEEN = {"voc", "ac3"}
+CUT_UNSEEN = {"VOC, PCM", "AC-3"}
 # What is overwritten is decoded as it is: nothing in these has a checksum.
-NOISE_UNSEEN = {"wav", "rf64", "w64", "aiff", "caf", "au", "voc", "adts"}
+NOISE_UNSEEN = {name for name in FORMATS if name.endswith(", PCM")} | {"ADTS, AAC"}
+
+# FFmpeg's readers of these may not find back.
+LOSES_THE_REST = {"Matroska, FLAC", "WebM, Opus", "WavPack"}
 
 NO_LIMITS = Limits()
 
@@ -138,7 +142,7 @@ def test_of_a_cut_file_what_is_there_is_decoded(
             assert source.complete_share is None
             assert source.damage or name in CUT_UNSEEN
     # Two seconds of eight are no song, but what is whole may be short.
-    if name not in CUT_UNSEEN | {"mp3 without header"}:
+    if name not in CUT_UNSEEN | {"MP3 without"}:
         with pytest.raises(CorruptFileError, match=r"breaks off|be decoded|incomplete"):
             decoded(tmp_path, content[: len(content) // 8])
         with pytest.raises(CorruptFileError, match=r"breaks off|cannot be decoded"):
@@ -151,8 +155,7 @@ def test_decoding_goes_on_behind_what_is_damaged(
     tmp_path: Path, files: Callable[[str], bytes], name: str
 ) -> None:
     source = decoded(tmp_path, overwritten(files(name)))
-    # After such damage FFmpeg's readers of Matroska and WavPack do not find back.
-    least = 0.4 if name in ("mka", "webm", "wavpack") else 0.7
+    least = 0.4 if name in LOSES_THE_REST else 0.7
     assert least * SECONDS < source.duration_s < SECONDS + 0.2
     small = source.duration_s > SECONDS - 0.15
     assert source.damage or small or name in NOISE_UNSEEN
@@ -166,7 +169,7 @@ def test_what_is_around_the_audio_is_passed_over(
     for what, put in AROUND.items():
         source = decoded(tmp_path, put(content))
         # FFmpeg plays what follows the samples of an AU file.
-        longer = 1.1 if name == "au" and what == "zeros behind" else 0.15
+        longer = 1.1 if name == "AU, PCM" and what == "zeros behind" else 0.15
         assert -0.3 < source.duration_s - SECONDS < longer, what
         assert source.damage is None, what
 
@@ -188,7 +191,7 @@ def test_streams_that_follow_one_another_are_one(tmp_path: Path) -> None:
 
 
 def test_joined_mp3s_are_one(tmp_path: Path, files: Callable[[str], bytes]) -> None:
-    source = decoded(tmp_path, files("mp3") * 2)
+    source = decoded(tmp_path, files("MP3 with Xing or VBRI header") * 2)
     assert source.duration_s == pytest.approx(2 * SECONDS, abs=0.2)
     assert source.damage is None
 
@@ -196,13 +199,13 @@ def test_joined_mp3s_are_one(tmp_path: Path, files: Callable[[str], bytes]) -> N
 def test_an_mp3_that_states_its_length_behind_two_tags_is_cut(
     tmp_path: Path, files: Callable[[str], bytes]
 ) -> None:
-    content = id3v2() * 2 + files("mp3")
+    content = id3v2() * 2 + files("MP3 with Xing or VBRI header")
     source = decoded(tmp_path, content[: len(content) // 2])
     assert source.complete_share == pytest.approx(0.5, abs=0.02)
 
 
 def test_an_ogg_file_needs_no_last_page(tmp_path: Path, files: Callable[[str], bytes]) -> None:
-    content = files("opus")
+    content = files("Ogg, Opus")
     whole_pages = content[: content.rindex(b"OggS")]
     assert decoded(tmp_path, whole_pages).damage is None
 
@@ -227,7 +230,7 @@ def test_what_another_track_lasts_says_nothing(tmp_path: Path) -> None:
 
 
 def test_a_protected_file_says_so(tmp_path: Path, files: Callable[[str], bytes]) -> None:
-    content = bytearray(files("m4a"))
+    content = bytearray(files("MP4, AAC"))
     at = content.index(b"mp4a", content.index(b"stsd"))
     content[at : at + 4] = b"drms"
     start = content.index(b"mdat") + 8
@@ -239,17 +242,32 @@ def test_a_protected_file_says_so(tmp_path: Path, files: Callable[[str], bytes])
 def test_compressed_data_is_never_taken_for_samples(
     tmp_path: Path, files: Callable[[str], bytes]
 ) -> None:
-    frames = files("adts")[:40_000]
+    frames = files("ADTS, AAC")[:40_000]
     for rubbish in (NOISE.bytes(400_000), frames[1000:2000] + NOISE.bytes(300_000)):
         with pytest.raises(AudioFileError):
             decoded(tmp_path, rubbish)
 
 
 def test_frames_say_their_size(files: Callable[[str], bytes]) -> None:
-    content = files("mp3 without header")
+    content = files("MP3 without")
     content = content[content.index(b"\xff\xfb") :]
     frame = mpeg_frame(content)
     assert frame
     assert (frame.samples, frame.sample_rate) == (1152, 48000)
     assert mpeg_frame(content[frame.size :]) is not None
     assert frame.sample_rate != SAMPLE_RATE
+
+
+def test_the_document_says_what_these_tests_show() -> None:
+    rows = "".join(
+        f"| {name} | {'yes' if states else 'no'} | {'no' if name in CUT_UNSEEN else 'yes'} "
+        f"| {damage_shown(name)} |\n"
+        for name, (_, _, _, states) in FORMATS.items()
+    )
+    assert rows in (PROJECT / "docs" / "formats.md").read_text("utf-8"), rows
+
+
+def damage_shown(name: str) -> str:
+    if name in NOISE_UNSEEN:
+        return "it cannot be told"
+    return "the rest may be lost" if name in LOSES_THE_REST else "it costs itself"

@@ -1,6 +1,7 @@
 """What faults cost: each is real, and each costs its own cell alone."""
 
 import os
+import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from audio_assets.extraction import engine as engine_module
 from audio_assets.extraction.cells import CellOutcome, CellStatus
 from audio_assets.extraction.engine import Engine
 from audio_assets.extraction.scratch import Scratch
+from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import FeatureSet
 from audio_assets.library.scan import Library
 from audio_assets.warehouse.landing import Landing
@@ -383,6 +385,41 @@ def test_failed_decode_is_one_attempt_for_all_feature_sets(library: Path, tmp_pa
         ("music/a.wav", "one"),
         ("music/a.wav", "two"),
     }
+
+
+def test_a_folder_of_junk_opens_no_breaker_and_defers_nothing(
+    library: Path, tmp_path: Path
+) -> None:
+    chance, content = np.random.default_rng(0), (library / "a.wav").read_bytes()
+    junk = (
+        b"",
+        bytes(5000),
+        b"<html>not a song</html>" * 200,
+        chance.bytes(20_000),
+        content[:60],
+        b"ID3\x04\0\0\x7f\x7f\x7f\x7f" + chance.bytes(3000),
+        b"OggS\0\x02" + chance.bytes(20_000),
+        b"fLaC\0\0\0\x22" + chance.bytes(20_000),
+        b"\0\0\0\x20ftypM4A " + chance.bytes(20_000),
+        b"\x30\x26\xb2\x75\x8e\x66\xcf\x11\xa6\xd9\0\xaa\0\x62\xce\x6c" + chance.bytes(9000),
+    )
+    for number, data in enumerate(junk * 2):
+        (library / f"a{number}.mp3").write_bytes(data + bytes([number] * (number >= len(junk))))
+    plain, tags = faults.feature_set("plain", faults.sound), FEATURE_SETS["metadata"]
+    keys = [f"music/{path.name}" for path in sorted(library.iterdir())]
+    with engine(library, tmp_path, plain, tags) as shared:
+        shared.begin([plain, tags], keys)
+        outcomes = [o for s in (plain, tags) for o in shared.drive(s.name, hold_s=60.0)]
+    done = {o.file_key for o in outcomes if o.feature_set == "plain" and o.status != "failed"}
+    assert done == {f"music/{name}" for name in (*GOOD, "bad.wav")}
+    rows = all_attempts(tmp_path, plain, tags)
+    assert {row["outcome"] for row in rows} <= {"succeeded", "failed", "quarantined", "reused"}
+    for name in ("audio_processing", "feature:plain", "feature:metadata", "storage:music"):
+        assert get_circuit_breaker(name).get_stats()["failure_count"] == 0
+    reasons = {o.error.message for o in outcomes if o.error}
+    assert len(reasons) > 3
+    for reason in reasons:  # written for people
+        assert not re.search(r"Error|Errno|object|NoneType|0x|<|avcodec|returned", reason), reason
 
 
 def test_an_idle_worker_helps_with_the_file_of_another(library: Path, tmp_path: Path) -> None:

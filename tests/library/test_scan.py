@@ -11,10 +11,12 @@ import pytest
 import soundfile
 from blake3 import blake3
 
+from audio_assets.library import scan as scan_module
 from audio_assets.library.file_keys import MAX_KEY_BYTES, FileKeyError, encode_key
 from audio_assets.library.files import FileChangedError, FileStamp, content_hash, open_regular
 from audio_assets.library.roots import parse_roots
 from audio_assets.library.scan import Library, LibraryScan
+from audio_assets.settings import AudioAssetsSettings
 
 
 @pytest.fixture
@@ -100,6 +102,16 @@ def test_other_files_are_not_in_the_library(root: Path) -> None:
     sound(root / "film.mkv", "WAV", "PCM_16")
     found = scan(root)
     assert (found.files, found.left_out) == ([], [])
+
+
+def test_the_sound_of_videos_is_in_the_library_where_a_setting_says_so(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a.mp4", "b.MKV", "c.webm", "d.wav"):
+        put(root / name)
+    monkeypatch.setenv("AUDIO_VIDEO", "mp4 .mkv")
+    monkeypatch.setattr(scan_module, "get_settings", AudioAssetsSettings)
+    assert keys(scan(root)) == ["music/a.mp4", "music/b.MKV", "music/d.wav"]
 
 
 def test_a_file_that_only_claims_to_be_audio_is_in_the_library(root: Path) -> None:

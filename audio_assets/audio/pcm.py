@@ -198,7 +198,10 @@ class Audio:
     def block(self, start_s: float, stop_s: float) -> "Audio":
         """Return the part between two times (s), without copying samples."""
         start, stop = (round(seconds * SAMPLE_RATE) for seconds in (start_s, stop_s))
-        return Audio(self.path, self.source, self.pcm[start:stop], self._stamp)
+        part = Audio(self.path, self.source, self.pcm[start:stop], self._stamp)
+        if SAMPLE_RATE in self._mono:
+            part._mono[SAMPLE_RATE] = self._mono[SAMPLE_RATE][start:stop]
+        return part
 
 
 def source_info_path(scratch_path: Path) -> Path:

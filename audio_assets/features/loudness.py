@@ -1,7 +1,13 @@
-"""Loudness by EBU R128, true peak, and dynamic complexity."""
+"""Loudness by EBU R128, true peak, and dynamic complexity.
+
+Loudness follows ITU-R BS.1770 also where Essentia does not. Essentia multiplies the two filters of
+the K-weighting into one and rounds its coefficients to single precision. At 44.1 kHz this moves the
+poles of the high-pass from 0.9946 to 0.9930 and 0.9962: it attenuates 40 Hz by 0.7 dB too much, and
+a constant by 21 dB only. Music reads 0.1 LU too low, with much bass 0.5.
+"""
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from functools import cache
 
 import numpy as np
 import soxr
@@ -13,21 +19,52 @@ from audio_assets.features.essentia_library import essentia
 from audio_assets.features.pictures import bars
 from audio_assets.features.statistics import finite, is_silent, largest, weighted_mean
 
+Powers = NDArray[np.float64]
+
+_BLOCK_SECONDS = 10  # what is in memory at once
 _ABSOLUTE_GATE_LUFS = -70.0
 _SILENCE_LUFS = -120.0
+_STEP_SIZE = SAMPLE_RATE // 10
 _MOMENTARY_SECONDS = 0.4
 _SHORT_TERM_SECONDS = 3.0
 _COMPLEXITY_FRAME_SECONDS = 0.2
+_COMPLEXITY_FRAME_SIZE = 2 * _STEP_SIZE
 _COMPLEXITY_FLOOR_DB = -100.0
 
 _OVERSAMPLING = 4
-_SEGMENT = SAMPLE_RATE // 4
-_CONTEXT = 1024
-_CANDIDATES = 8
-_CHUNK_SEGMENTS = 40
+_PIECE = 64
+_REACH = _PIECE // 2  # samples to either side of an interpolated place that its filter reads
+_PIECES_AT_ONCE = 256
+_KAISER_BETA = 8.0
+_RESAMPLER_CONTEXT = 1024
 
 
 def _extract(audio: Audio) -> Row:
+    if is_silent(audio.pcm):
+        return FEATURE_SET.empty_row
+    power = _step_powers(audio)
+    momentary, short_term = (
+        np.convolve(power, np.full(round(10 * seconds), 0.1 / seconds), "valid")
+        if len(power) >= round(10 * seconds)
+        else np.empty(0)
+        for seconds in (_MOMENTARY_SECONDS, _SHORT_TERM_SECONDS)
+    )
+    gated = _gated(momentary, -10.0)
+    counted = _lufs(_gated(short_term, -20.0))
+    return _row(
+        audio.duration_s,
+        float(_lufs(gated.mean())) if len(gated) else _ABSOLUTE_GATE_LUFS,
+        float(np.subtract(*np.percentile(counted, (95, 10), method="nearest")))
+        if len(counted)
+        else 0.0,
+        _lufs(momentary),
+        _lufs(short_term),
+        _true_peak(audio.pcm),
+        _dynamic_complexity(audio),
+    )
+
+
+def _extract_alternative(audio: Audio) -> Row:
     if is_silent(audio.pcm):
         return FEATURE_SET.empty_row
     library = essentia()
@@ -44,88 +81,40 @@ def _extract(audio: Audio) -> Row:
         loudness_range,
         momentary,
         short_term,
-        max(_reference_peak(channel) for channel in _channels(audio)),
+        _resampled_peak(audio.pcm),
         complexity,
     )
 
 
-def _extract_alternative(audio: Audio) -> Row:
-    if is_silent(audio.pcm):
-        return FEATURE_SET.empty_row
-    step = SAMPLE_RATE // 10
-    steps = len(audio.pcm) // step
-    power = sum(
-        (_k_weighted(channel)[: steps * step].reshape(steps, step) ** 2).mean(axis=1)
-        for channel in _channels(audio)
-    )
-    momentary_power, short_term_power = (
-        np.convolve(power, np.full(round(10 * seconds), 0.1 / seconds), "valid")
-        if steps >= round(10 * seconds)
-        else np.empty(0)
-        for seconds in (_MOMENTARY_SECONDS, _SHORT_TERM_SECONDS)
-    )
-    gated = _gated(momentary_power, -10.0)
-    counted = _lufs(_gated(short_term_power, -20.0))
-    return _row(
-        audio.duration_s,
-        float(_lufs(gated.mean())) if len(gated) else _ABSOLUTE_GATE_LUFS,
-        float(np.subtract(*np.percentile(counted, (95, 10)))) if len(counted) else 0.0,
-        _lufs(momentary_power),
-        _lufs(short_term_power),
-        max(float(_segment_peaks(channel).max()) for channel in _channels(audio)),
-        _dynamic_complexity(audio.mono()),
-    )
+def _blocks(audio: Audio) -> Iterator[Audio]:
+    for start in np.arange(0, audio.duration_s, _BLOCK_SECONDS):
+        yield audio.block(start, start + _BLOCK_SECONDS)
 
 
-def _channels(audio: Audio) -> Iterator[Samples]:
-    for channel in range(audio.channels):
-        yield np.ascontiguousarray(audio.pcm[:, channel])
+def _step_powers(audio: Audio) -> Powers:
+    """Return the K-weighted power of each whole 0.1 s, the channels added up."""
+    from scipy import signal
+
+    numerator, denominator = _k_weighting()
+    state = np.zeros((audio.channels, len(numerator) - 1))
+    powers = []
+    for block in _blocks(audio):
+        channels = np.ascontiguousarray(block.pcm.T, np.float64)
+        weighted, state = signal.lfilter(numerator, denominator, channels, zi=state)
+        count = weighted.shape[1] // _STEP_SIZE
+        steps = weighted[:, : count * _STEP_SIZE].reshape(audio.channels, count, _STEP_SIZE)
+        powers.append(np.einsum("csi,csi->s", steps, steps) / _STEP_SIZE)
+    return np.concatenate(powers)
 
 
-def _reference_peak(channel: Samples) -> float:
-    """Return the largest value TruePeakDetector finds (full scale is 1).
-
-    The detector takes 32 ms for each second of audio, so it only measures those segments in which
-    another, faster interpolator sees the highest peaks. The two differ near the Nyquist frequency
-    alone: the result is that of the whole signal for music and for Gaussian white noise, and was
-    0.07 dB too low for the worst signal tried, random samples of ±1.
-    """
-    detector = essentia().TruePeakDetector()
-    candidates = np.argsort(_segment_peaks(channel))[-_CANDIDATES:]
-    peak = 0.0
-    for start in candidates * _SEGMENT:
-        first = max(0, start - _CONTEXT)
-        _, output = detector(channel[first : start + _SEGMENT + _CONTEXT])
-        # Where the context is cut the interpolator overshoots: leave it out.
-        skipped = (start - first) * _OVERSAMPLING
-        inside = output[skipped : skipped + _SEGMENT * _OVERSAMPLING]
-        peak = max(peak, float(np.abs(inside).max()))
-    return peak
-
-
-def _segment_peaks(channel: Samples) -> Samples:
-    """Return the peak of each segment of a quarter of a second, oversampled four times."""
-    peaks = []
-    for start in range(0, len(channel), _CHUNK_SEGMENTS * _SEGMENT):
-        first = max(0, start - _CONTEXT)
-        stop = start + _CHUNK_SEGMENTS * _SEGMENT
-        oversampled = soxr.resample(channel[first : stop + _CONTEXT], 1, _OVERSAMPLING)
-        inside = np.abs(oversampled[(start - first) * _OVERSAMPLING :])
-        inside = inside[: (min(stop, len(channel)) - start) * _OVERSAMPLING]
-        edges = np.arange(0, len(inside), _SEGMENT * _OVERSAMPLING)
-        peaks.append(np.maximum.reduceat(inside, edges))
-    return np.concatenate(peaks)
-
-
-def _k_weighted(channel: Samples) -> NDArray[np.float64]:
-    """Apply the two filters of BS.1770 at 44.1 kHz.
+@cache
+def _k_weighting() -> tuple[Powers, Powers]:
+    """Return the coefficients of the two filters of BS.1770 at 44.1 kHz, in one.
 
     The recommendation tabulates them at 48 kHz; these are the analogue filters behind the table
     (De Man, "Evaluation of implementations of the EBU R128 loudness measurement", AES 145, 2018)
     through the bilinear transform.
     """
-    from scipy import signal
-
     gain_db, q, cutoff = 3.99984385397, 0.7071752369554193, 1681.9744509555319
     k = np.tan(np.pi * cutoff / SAMPLE_RATE)
     high = 10 ** (gain_db / 20)
@@ -136,20 +125,16 @@ def _k_weighted(channel: Samples) -> NDArray[np.float64]:
     k = np.tan(np.pi * cutoff / SAMPLE_RATE)
     pass_a = [1 + k / q + k * k, 2 * (k * k - 1), 1 - k / q + k * k]
     # The table gives the high-pass numerator as 1, -2, 1 without normalizing it.
-    sections = np.array(
-        [
-            [*np.divide(shelf_b, shelf_a[0]), *np.divide(shelf_a, shelf_a[0])],
-            [1, -2, 1, *np.divide(pass_a, pass_a[0])],
-        ]
-    )
-    return cast("NDArray[np.float64]", signal.sosfilt(sections, channel.astype(np.float64)))
+    numerator = np.convolve(shelf_b, [1, -2, 1]) * pass_a[0]
+    denominator = np.convolve(shelf_a, pass_a)
+    return numerator / denominator[0], denominator / denominator[0]
 
 
-def _lufs(power: NDArray[np.float64] | np.floating) -> NDArray[np.float64]:
+def _lufs(power: Powers | np.floating) -> Powers:
     return -0.691 + 10 * np.log10(np.maximum(power, 1e-30))
 
 
-def _gated(power: NDArray[np.float64], relative_gate_lu: float) -> NDArray[np.float64]:
+def _gated(power: Powers, relative_gate_lu: float) -> Powers:
     """Return the powers that pass the absolute and then the relative gate."""
     power = power[_lufs(power) > _ABSOLUTE_GATE_LUFS]
     if len(power) == 0:
@@ -157,14 +142,90 @@ def _gated(power: NDArray[np.float64], relative_gate_lu: float) -> NDArray[np.fl
     return power[_lufs(power) > _lufs(power.mean()) + relative_gate_lu]
 
 
-def _dynamic_complexity(samples: Samples) -> float:
+def _true_peak(pcm: Samples) -> float:
+    """Return the largest value of the channels oversampled four times (full scale is 1).
+
+    No interpolated value exceeds the largest sample that its filter reads times the sum of the
+    moduli of the filter's coefficients, here at most 2.83 (9 dB). So only pieces of 64 samples
+    where this bound exceeds the peak found so far are oversampled, those of the largest samples
+    first: the result is that of the whole signal.
+    """
+    filters, bound = _interpolation()
+    peak = 0.0
+    for start in range(0, len(pcm), _BLOCK_SECONDS * SAMPLE_RATE):
+        for channel in range(pcm.shape[1]):
+            samples = _in_pieces(pcm[:, channel], start)
+            pieces = np.lib.stride_tricks.sliding_window_view(samples, len(filters))[::_PIECE]
+            halves = np.abs(samples).reshape(-1, _REACH).max(axis=1)
+            # A piece reads half a piece more to either side.
+            read = np.maximum.reduce([halves[:-3:2], halves[1:-2:2], halves[2:-1:2], halves[3::2]])
+            peak = max(peak, float(halves.max()))
+            order = np.argsort(read)[::-1]
+            for first in range(0, len(order), _PIECES_AT_ONCE):
+                some = order[first : first + _PIECES_AT_ONCE]
+                some = some[read[some] * bound > peak]
+                if len(some) == 0:
+                    break
+                peak = max(peak, float(np.abs(pieces[some] @ filters).max()))
+    return peak
+
+
+def _in_pieces(channel: Samples, start: int) -> Samples:
+    """Return whole pieces of a block, with what the filters read around them; 0 outside."""
+    size = min(_BLOCK_SECONDS * SAMPLE_RATE, len(channel) - start)
+    samples = np.zeros(-(-size // _PIECE) * _PIECE + 2 * _REACH, np.float32)
+    first = max(0, start - _REACH)
+    part = channel[first : start + size + _REACH]
+    offset = first - start + _REACH
+    samples[offset : offset + len(part)] = part
+    return samples
+
+
+@cache
+def _interpolation() -> tuple[Samples, float]:
+    """Return filters for the three places after each sample of a piece, and their bound.
+
+    Sinc functions in a Kaiser window, flat within 0.01 dB to 20 kHz, shape (samples read, places).
+    Peaks of Gaussian white noise, which goes beyond, come out within 0.2 dB.
+    """
+    places = _REACH + np.arange(_PIECE * _OVERSAMPLING) / _OVERSAMPLING
+    places = places[places % 1 > 0]
+    distances = np.arange(_PIECE + 2 * _REACH)[:, None] - places
+    inside = np.sqrt(np.maximum(1 - (distances / _REACH) ** 2, 0))
+    window = np.where(inside > 0, np.i0(_KAISER_BETA * inside), 0) / np.i0(_KAISER_BETA)
+    filters = np.sinc(distances) * window
+    return filters.astype(np.float32), float(np.abs(filters).sum(axis=0).max())
+
+
+def _resampled_peak(pcm: Samples) -> float:
+    """Return the largest value of the channels as soxr resamples them to four times the rate."""
+    peak = 0.0
+    block = _BLOCK_SECONDS * SAMPLE_RATE
+    for start in range(0, len(pcm), block):
+        first = max(0, start - _RESAMPLER_CONTEXT)
+        part = np.ascontiguousarray(pcm[first : start + block + _RESAMPLER_CONTEXT])
+        oversampled = soxr.resample(part, 1, _OVERSAMPLING)
+        # Where the context is cut the resampler overshoots: leave it out.
+        inside = oversampled[(start - first) * _OVERSAMPLING :][: block * _OVERSAMPLING]
+        peak = max(peak, float(np.abs(inside).max()))
+    return peak
+
+
+def _dynamic_complexity(audio: Audio) -> float:
     """Return the mean deviation (dB) from the global loudness (Streich, 2007, section 4.1)."""
     from scipy import signal
 
     decay = np.exp(-1 / (0.035 * SAMPLE_RATE))
-    frame = int(_COMPLEXITY_FRAME_SECONDS * SAMPLE_RATE)
-    weighted = signal.lfilter([0.98595, -0.98595], [1, -0.9719], samples.astype(np.float64))
-    power = signal.lfilter([1 - decay], [1, -decay], weighted**2)[frame - 1 :: frame]
+    weights = (1 - decay) * decay ** np.arange(_COMPLEXITY_FRAME_SIZE)[::-1]
+    state = np.zeros(1)
+    powers = []
+    for block in _blocks(audio):
+        weighted, state = signal.lfilter([0.98595, -0.98595], [1, -0.9719], block.mono(), zi=state)
+        count = len(weighted) // _COMPLEXITY_FRAME_SIZE
+        frames = weighted[: count * _COMPLEXITY_FRAME_SIZE].reshape(count, _COMPLEXITY_FRAME_SIZE)
+        powers.append(np.square(frames) @ weights)
+    # What the frames before have left.
+    power = signal.lfilter([1], [1, -(decay**_COMPLEXITY_FRAME_SIZE)], np.concatenate(powers))
     level = np.maximum(10 * np.log10(np.maximum(power, 1e-30)), _COMPLEXITY_FLOOR_DB)
     audible = np.flatnonzero(level > _COMPLEXITY_FLOOR_DB)
     if len(audible) == 0:
@@ -179,8 +240,8 @@ def _row(
     duration_s: float,
     integrated: float,
     loudness_range: float,
-    momentary: Samples | NDArray[np.float64],
-    short_term: Samples | NDArray[np.float64],
+    momentary: Samples | Powers,
+    short_term: Samples | Powers,
     peak: float,
     complexity: float,
 ) -> Row:
@@ -200,7 +261,7 @@ def _row(
     }
 
 
-def _audible(loudness: Samples | NDArray[np.float64]) -> float | None:
+def _audible(loudness: Samples | Powers) -> float | None:
     peak = float(loudness.max())
     return finite(peak) if peak > _SILENCE_LUFS else None
 
@@ -233,7 +294,8 @@ FEATURE_SET = FeatureSet(
     name="loudness",
     description=(
         "Loudness by EBU R 128 (EBU Tech 3341 and 3342, ITU-R BS.1770-4), true peak by ITU-R "
-        "BS.1770-4, dynamic complexity by Streich (2007). Stereo where the file is; a mono file "
+        "BS.1770-4, dynamic complexity by Streich (2007). The alternative reads up to 0.5 LU "
+        "lower where there is much bass. Stereo where the file is; a mono file "
         "is measured as a single channel, 3 LU below the same signal in both channels; files of "
         "more channels are measured on their stereo downmix. NULL for silence and where the file "
         "is shorter than the measure's window. Analysis in blocks takes maxima exactly, gates "
@@ -257,7 +319,7 @@ FEATURE_SET = FeatureSet(
             "dB",
         ),
     ),
-    licence="AGPL-3.0 (Essentia), BSD-3-Clause (SciPy)",
+    licence="BSD-3-Clause (SciPy), AGPL-3.0 (Essentia)",
     citation=(
         "EBU R 128 with EBU Tech 3341 and 3342; ITU-R BS.1770-4; S. Streich, Music "
         "complexity, thesis, UPF Barcelona, 2007"
@@ -268,6 +330,8 @@ FEATURE_SET = FeatureSet(
     picture=_picture,
     headline="integrated_lufs",
     plotted=("integrated_lufs", "loudness_range_lu", "true_peak_dbtp", "dynamic_complexity_db"),
-    alternative="scipy",
+    extractor="scipy",
+    alternative="essentia",
     position=20,
+    code_version="2",
 )

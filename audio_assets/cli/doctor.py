@@ -30,6 +30,9 @@ MIN_FREE_MIB = 512
 COUNTING_S = 5.0
 """Time for counting the files of a root (s)."""
 
+READING_S = 60.0
+"""Time for reading the database (s)."""
+
 _MIB = 2**20
 
 
@@ -271,7 +274,8 @@ def _check_warehouse() -> _Found:
     from filelock import FileLock, Timeout
 
     from audio_assets.settings import get_settings
-    from audio_assets.warehouse.database import reading
+    from audio_assets.warehouse.database import read_all, reading
+    from audio_assets.warehouse.ingest import LedgerError, check_ledger
 
     path = get_settings().warehouse.absolute()
     yield f"warehouse {path}"
@@ -289,12 +293,14 @@ def _check_warehouse() -> _Found:
             ((version, files),) = connection.execute(
                 "SELECT version, (SELECT count(*) FROM library.files) FROM publishing.version"
             ).fetchall()
-    except (duckdb.Error, ValueError) as error:
+            check_ledger(connection, digests=True)
+            extent = "" if read_all(connection, READING_S) else f", read for {READING_S:.0f} s"
+    except (duckdb.Error, LedgerError, ValueError) as error:
         raise CheckError(
-            f"{path} cannot be read: {_first_line(error)}",
+            f"{path} is damaged: {_first_line(error)}",
             "run `audio-assets publish --rebuild`, which makes it anew from the landing",
         ) from None
-    yield _ok("warehouse", f"{path}, version {version}, {files} files{lock}")
+    yield _ok("warehouse", f"{path}, version {version}, {files} files{extent}{lock}")
 
 
 def try_home_and_landing() -> None:

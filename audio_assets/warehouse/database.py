@@ -14,6 +14,8 @@ import fcntl
 import os
 import shutil
 import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,7 +25,7 @@ from duckdb import DuckDBPyConnection
 from filelock import FileLock
 
 from audio_assets.warehouse.landing import fsync_folder
-from audio_assets.warehouse.schema import literal
+from audio_assets.warehouse.schema import literal, quoted
 
 
 @contextmanager
@@ -42,6 +44,45 @@ def reading(path: Path) -> Iterator[DuckDBPyConnection]:
         connection.execute(f"ATTACH {literal(str(path))} AS warehouse (READ_ONLY)")
         connection.execute("USE warehouse")
         yield connection
+
+
+def read_all(connection: DuckDBPyConnection, within_s: float) -> bool:
+    """Read every value of a database; DuckDB compares each block with its checksum.
+
+    Parameters
+    ----------
+    connection : DuckDBPyConnection
+        The database, see `reading`.
+    within_s : float
+        Time after which to stop (s).
+
+    Returns
+    -------
+    bool
+        Whether the time was enough.
+
+    Raises
+    ------
+    duckdb.Error
+        If a block is damaged.
+    """
+    tables = connection.execute(
+        "SELECT schema_name, table_name FROM duckdb_tables() WHERE database_name = 'warehouse'"
+    ).fetchall()
+    ends = time.monotonic() + within_s
+    timer = threading.Timer(within_s, connection.interrupt)
+    timer.start()
+    try:
+        for names in tables:
+            if time.monotonic() > ends:
+                return False
+            name = ".".join(map(quoted, names))
+            connection.execute(f"SELECT bit_xor(hash(row)) FROM {name} AS row").fetchall()
+    except duckdb.InterruptException:
+        return False
+    finally:
+        timer.cancel()
+    return True
 
 
 class DatabaseFile:

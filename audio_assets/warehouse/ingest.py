@@ -1,7 +1,8 @@
 """Ingest the landing's parts into a version of the database, each part once.
 
-A version records the parts it holds in ``publishing.parts``. The runs whose attempts or record are
-new are collected in the temporary table ``touched``.
+A version records the parts it holds in ``publishing.parts``, and in ``publishing.tables`` how many
+of their rows are in force, with a digest of these. The runs whose attempts or record are new are
+collected in the temporary table ``touched``.
 """
 
 import logging
@@ -19,9 +20,18 @@ TABLES_SQL = """
 CREATE SCHEMA IF NOT EXISTS publishing;
 CREATE TABLE IF NOT EXISTS publishing.parts
     (landing_table VARCHAR, part VARCHAR, damaged BOOLEAN);
+CREATE TABLE IF NOT EXISTS publishing.tables
+    (landing_table VARCHAR PRIMARY KEY, row_count BIGINT, digest UHUGEINT);
 CREATE TEMP TABLE touched (run_id VARCHAR)
 """
 """The tables that ingesting needs."""
+
+_DIGEST = f"coalesce(bit_xor(md5_number({ROW_ID}::VARCHAR)), 0)"
+"""Of a set of rows, whatever their order; adding a row and removing it are the same operation."""
+
+
+class LedgerError(Exception):
+    """A table does not hold the rows that were ingested."""
 
 
 @dataclass
@@ -52,6 +62,34 @@ def recorded_parts(connection: DuckDBPyConnection, table: Table) -> dict[str, bo
         "SELECT part, damaged FROM publishing.parts WHERE landing_table = ?", [table.landing_name]
     ).fetchall()
     return dict(rows)
+
+
+def check_ledger(connection: DuckDBPyConnection, *, digests: bool) -> None:
+    """Compare the tables of a version with what was ingested into them.
+
+    Parameters
+    ----------
+    connection : DuckDBPyConnection
+        The version.
+    digests : bool
+        Compare which rows they hold, and not just how many.
+
+    Raises
+    ------
+    LedgerError
+        If rows were lost, added or replaced.
+    duckdb.Error
+        If a version of an earlier program has no such records, or it is damaged.
+    """
+    for landing_table, *recorded in connection.execute("FROM publishing.tables").fetchall():
+        name = ".".join(map(quoted, landing_table.split("/")))
+        (found,) = connection.execute(
+            f"SELECT count({ROW_ID}), {_DIGEST if digests else 'NULL'} FROM {name}"
+        ).fetchall()
+        if list(found) != (recorded if digests else [recorded[0], None]):
+            raise LedgerError(
+                f"{landing_table} has {found[0]} rows, and not the {recorded[0]} ingested"
+            )
 
 
 def ingest(connection: DuckDBPyConnection, landing: Landing, table: Table) -> Ingested:
@@ -104,6 +142,20 @@ def _merge(connection: DuckDBPyConnection, table: Table) -> None:
     connection.execute(
         f"DELETE FROM staged USING {table.sql_name} AS present "
         f"WHERE {same} AND present.{ROW_ID} > staged.{ROW_ID}"
+    )
+    connection.execute(
+        f"""
+        INSERT INTO publishing.tables
+        SELECT ?, sum(change), {_DIGEST} FROM (
+            SELECT 1 AS change, {ROW_ID} FROM staged
+            UNION ALL
+            SELECT -1, {ROW_ID} FROM {table.sql_name} SEMI JOIN staged USING ({key})
+            WHERE {ROW_ID} IS NOT NULL
+        )
+        ON CONFLICT DO UPDATE SET
+            row_count = row_count + excluded.row_count, digest = xor(digest, excluded.digest)
+        """,
+        [table.landing_name],
     )
     connection.execute(f"DELETE FROM {table.sql_name} AS present USING staged WHERE {same}")
     connection.execute(f"INSERT INTO {table.sql_name} BY NAME FROM staged")

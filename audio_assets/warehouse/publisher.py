@@ -14,7 +14,13 @@ from duckdb import DuckDBPyConnection
 from audio_assets.features.base import FeatureSet
 from audio_assets.warehouse.database import DatabaseFile, reading
 from audio_assets.warehouse.definition import Definition
-from audio_assets.warehouse.ingest import TABLES_SQL, ingest, recorded_parts
+from audio_assets.warehouse.ingest import (
+    TABLES_SQL,
+    LedgerError,
+    check_ledger,
+    ingest,
+    recorded_parts,
+)
 from audio_assets.warehouse.landing import CorruptPartError, Landing, PartVanishedError
 from audio_assets.warehouse.rollups import compute_rollups
 from audio_assets.warehouse.schema import ATTEMPTS, FILES, RUNS, Table, feature_table
@@ -121,10 +127,10 @@ class Publisher:
             try:
                 result, mergeable = self._build(start)
                 break
-            except duckdb.Error:
+            except (duckdb.Error, LedgerError) as error:
                 if start == "landing":
                     raise
-                logger.exception("cannot build on %s (%s)", self._database.path, start)
+                logger.warning("cannot build on %s (%s): %s", self._database.path, start, error)
         self._database.swap_in(keep_present=start != "landing")
         self._compact(mergeable)
         return result
@@ -141,11 +147,12 @@ class Publisher:
                     snapshot and not snapshot.is_published(connection)
                 ):
                     return None
+                check_ledger(connection, digests=False)
                 for table in self._tables:
                     parts = set(self._landing.parts(table.landing_name))
                     if parts - recorded_parts(connection, table).keys():
                         return None
-        except (duckdb.Error, IndexError):
+        except (duckdb.Error, IndexError, LedgerError):
             return None
         return int(version)
 
@@ -154,6 +161,8 @@ class Publisher:
         result = PublishResult(published=True, start=start)
         with duckdb.connect(self._database.next) as connection:
             connection.execute("SET TimeZone = 'UTC'")
+            if start != "landing":
+                check_ledger(connection, digests=False)
             connection.execute("BEGIN")
             connection.execute(TABLES_SQL)
             connection.execute(

@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from audio_assets.cli import doctor
@@ -146,26 +147,49 @@ def test_a_state_store_of_another_version_is_a_warning(home: Home) -> None:
     assert "9999" in finding.found
 
 
-def test_a_damaged_warehouse_fails(home: Home) -> None:
-    home.warehouse.write_bytes(b"not a database at all" * 1000)
-    (finding,) = check(home, "warehouse")
-    assert finding.verdict is Verdict.FAILED
-    assert "audio-assets publish" in finding.advice
-
-
-def test_warehouse_passes_during_publishing(home: Home) -> None:
-    from filelock import FileLock
-
+def publish(home: Home) -> None:
     from audio_assets.features import FEATURE_SETS
     from audio_assets.warehouse.landing import Landing
     from audio_assets.warehouse.schema import warehouse_tables
 
     tables = warehouse_tables(FEATURE_SETS.values())
     landing = Landing(str(home.path / "landing"), tables)
+    rows = [{"file_key": f"music/{number}", "bpm": float(number)} for number in range(5000)]
+    landing.append("features/rhythm", rows)
     Publisher(landing, home.warehouse, FEATURE_SETS.values()).publish()
+
+
+@pytest.mark.parametrize("damage", ["no database", "a flipped bit", "another row"])
+def test_a_damaged_warehouse_fails(home: Home, damage: str) -> None:
+    publish(home)
+    with duckdb.connect(home.warehouse) as connection:
+        match damage:
+            case "no database":
+                home.warehouse.write_bytes(b"not a database at all" * 1000)
+            case "another row":
+                connection.execute(
+                    "UPDATE features.rhythm SET row_id = uuid() WHERE file_key = 'music/7'"
+                )
+            case "a flipped bit":
+                (block,) = connection.execute(
+                    "SELECT max(block_id) FROM pragma_storage_info('features.rhythm') "
+                    "WHERE column_name = 'bpm'"
+                ).fetchone() or (-1,)
+                content = bytearray(home.warehouse.read_bytes())
+                content[3 * 4096 + block * 262_144 + 100] ^= 1
+                home.warehouse.write_bytes(content)
+    (finding,) = check(home, "warehouse")
+    assert finding.verdict is Verdict.FAILED, finding
+    assert "audio-assets publish --rebuild" in finding.advice
+
+
+def test_warehouse_passes_during_publishing(home: Home) -> None:
+    from filelock import FileLock
+
+    publish(home)
     with FileLock(home.path / f".{home.warehouse.name}.lock"):
         (finding,) = check(home, "warehouse")
-    assert finding.verdict is Verdict.OK
+    assert finding.verdict is Verdict.OK, finding
     assert "version 1" in finding.found
     assert "published to right now" in finding.found
 

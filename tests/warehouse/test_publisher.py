@@ -1,3 +1,4 @@
+import os
 import random
 import resource
 from datetime import UTC, datetime, timedelta
@@ -262,6 +263,21 @@ def test_a_database_that_was_written_to_is_made_anew(tmp_path: Path, damage: str
     result = publisher.publish()
     assert (result.start, result.version) == (("", 3) if damage == "none" else ("landing", 4))
     assert ask(tmp_path, sql) == expected
+    assert not publisher.publish().published
+
+
+def test_lost_rows_are_noticed_whatever_the_time_of_the_file(tmp_path: Path) -> None:
+    landing, publisher = landing_of(tmp_path), publisher_of(tmp_path)
+    for number in range(3):
+        landing.append("features/rhythm", [rhythm("a"), rhythm(f"file {number}")])
+        publisher.publish()
+    for path in (tmp_path / "warehouse.duckdb", tmp_path / ".warehouse.duckdb.previous"):
+        before = path.stat()
+        with duckdb.connect(path) as connection:
+            connection.execute("DELETE FROM features.rhythm WHERE file_key = 'a'")
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert publisher.publish().start == "landing"
+    assert ask(tmp_path, "SELECT count(*) FROM features.rhythm") == [(4,)]
     assert not publisher.publish().published
 
 

@@ -4,6 +4,7 @@ import subprocess
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import s3fs
 from moto.server import ThreadedMotoServer
 
 from audio_assets.features import FEATURE_SETS
-from audio_assets.warehouse.landing import Landing
+from audio_assets.warehouse.landing import Landing, LandingError
 from audio_assets.warehouse.schema import warehouse_tables
+from robustness.error_classifier import get_error_classifier
 from tests.conftest import Home, write_tone
 from tests.warehouse.rows import all_rows
 
@@ -61,6 +63,16 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
     s3fs.S3FileSystem.clear_instance_cache()
 
 
+@contextmanager
+def refused_credentials(store: ObjectStore) -> Iterator[None]:
+    moto = f"http://127.0.0.1:{store.port}/moto-api/reset-auth"
+    requests.post(moto, data="0", timeout=10)
+    try:
+        yield
+    finally:
+        requests.post(moto, data="inf", timeout=10)
+
+
 def missing(home: Home) -> list[tuple[str, ...]]:
     with duckdb.connect(str(home.warehouse), read_only=True) as connection:
         return connection.execute("FROM features.missing").fetchall()
@@ -77,6 +89,19 @@ def test_parts_are_read_and_compacted(store: ObjectStore) -> None:
         f"file {number:02}" for number in range(20)
     ]
     assert len(landing.latest(TABLE)) == 20
+
+
+def test_a_landing_that_only_a_person_can_correct_is_named(store: ObjectStore) -> None:
+    def refusal(url: str) -> str:
+        landing = Landing(url, warehouse_tables(FEATURE_SETS.values()))
+        with pytest.raises(LandingError) as refused:
+            landing.append(TABLE, [{"file_key": "a", "bpm": 120.0}])
+        assert not get_error_classifier().classify(refused.value).retryable
+        return str(refused.value)
+
+    assert "bucket does not exist; correct" in refusal("s3://no-such-bucket/landing")
+    with refused_credentials(store):
+        assert "Access Key Id" in refusal(store.landing)
 
 
 def test_a_library_is_analysed_while_the_store_goes_away(
@@ -123,12 +148,8 @@ def test_refused_credentials_end_the_command(
     store: ObjectStore, home: Home, tmp_path: Path
 ) -> None:
     home = replace(home, variables={"AUDIO_LANDING": store.landing})
-    moto = f"http://127.0.0.1:{store.port}/moto-api/reset-auth"
-    requests.post(moto, data="0", timeout=10)
-    try:
+    with refused_credentials(store):
         assert "set AUDIO_LANDING" in fails_at_once(home, tmp_path)
-    finally:
-        requests.post(moto, data="inf", timeout=10)
 
 
 def test_a_store_that_is_away_is_named(store: ObjectStore, home: Home, tmp_path: Path) -> None:

@@ -118,7 +118,6 @@ class Workbench:
             assets=[build_feature_asset(feature_set)],
             resources={
                 "extraction": ExtractionResource(
-                    landing=str(self.landing),
                     scratch=str(self.scratch),
                     scratch_mib=4096,
                     workers=workers,

@@ -20,6 +20,7 @@ from audio_assets.extraction.engine import Engine
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
 from audio_assets.settings import get_settings
+from audio_assets.warehouse.landing import LandingError
 from audio_assets.warehouse.schema import feature_table
 from robustness.dagster import SmartRetryPolicy
 from robustness.settings import get_settings as get_robustness_settings
@@ -116,7 +117,7 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
                 progress.show()
         except (DeferredError, dg.Failure):
             raise
-        except WorkerStartError as error:
+        except (LandingError, WorkerStartError) as error:  # a fault of the installation
             raise dg.Failure(
                 description=f"{error}. `audio-assets doctor` says what to do", allow_retries=False
             ) from error

@@ -14,12 +14,10 @@ from audio_assets.defs.machine_slot import machine_slot
 from audio_assets.defs.run_records import record_start
 from audio_assets.extraction.engine import Engine
 from audio_assets.extraction.scratch import Scratch
-from audio_assets.features import FEATURE_SETS
 from audio_assets.library.roots import library_roots
 from audio_assets.library.scan import Library
 from audio_assets.settings import get_settings, usable_cores
-from audio_assets.warehouse.landing import Landing
-from audio_assets.warehouse.schema import warehouse_tables
+from audio_assets.warehouse import open_landing
 from robustness.dagster import log_to
 from robustness.memory import worker_budget_mib
 from robustness.settings import get_settings as get_robustness_settings
@@ -29,7 +27,6 @@ from robustness.worker_pool import WorkerPool
 class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     """Worker processes, decoded audio and the landing of one run."""
 
-    landing: str = Field(description="Directory or fsspec URL of the Parquet parts")
     scratch: str = Field(description="Directory for decoded audio")
     scratch_mib: int = Field(
         4096, description="Decoded audio kept for files with deferred cells (MiB)"
@@ -64,7 +61,7 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                 memory_high=0.9 if settings.memory_aware else None,
             ) as pool,
         ):
-            landing = Landing(self.landing, warehouse_tables(FEATURE_SETS.values()))
+            landing = open_landing()  # no field: Dagster would store a password in its URL
             library = Library(library_roots())
             self._engine = Engine(run_id, library, landing, pool, scratch)
             with _unless_unreachable(context.log, "The run's start"):
@@ -90,7 +87,6 @@ def extraction_resource() -> ExtractionResource:
     """Return the resource with the values of the settings."""
     settings = get_settings()
     return ExtractionResource(
-        landing=settings.landing,
         scratch=str(settings.scratch),
         scratch_mib=settings.audio_scratch_mib,
         workers=settings.workers,

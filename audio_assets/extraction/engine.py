@@ -277,7 +277,7 @@ class Engine:
     @property
     def result(self) -> RunResult:
         """Result of the run, if it ends now."""
-        if any(self._unreported.values()):
+        if not self._has_begun or any(self._unreported.values()):
             return RunResult.DEFERRED if self._ends_deferred else RunResult.INCOMPLETE
         failed = {
             (outcome.file_key, outcome.feature_set)

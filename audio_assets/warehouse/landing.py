@@ -24,6 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,9 +35,11 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
+from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from audio_assets.features.base import Column
+from audio_assets.library.text import masked
 from audio_assets.warehouse.schema import ROW_ID, Table, arrow_schema, quoted
 
 logger = logging.getLogger(__name__)
@@ -60,6 +63,29 @@ _CLOCK_TOLERANCE_S = 60.0
 _FAN_IN = 8
 _SMALLEST_TIER_BYTES = 4096
 _LARGEST_PART_BYTES = 64 * 2**20
+
+
+class LandingError(Exception):
+    """The landing does not exist, or refuses access: only a person can correct that.
+
+    Parameters
+    ----------
+    url : str
+        The landing.
+    reason : str
+        The storage's error.
+    """
+
+    error_type = "permission"
+    """For the error classifier: another attempt would fail as well."""
+
+    def __init__(self, url: str, reason: str) -> None:
+        super().__init__(
+            masked(
+                f"the landing {url} cannot be used: {reason.rstrip('.')}; correct AUDIO_LANDING, "
+                "or the permissions or credentials"
+            )
+        )
 
 
 class CorruptPartError(Exception):
@@ -150,15 +176,14 @@ class Landing:
     """
 
     def __init__(self, root_url: str, tables: Iterable[Table]) -> None:
-        self._fs, self._root = fsspec.core.url_to_fs(root_url)
-        self._local = isinstance(self._fs, LocalFileSystem)
+        self._url = root_url
         self._tables = {table.landing_name: table for table in tables if table.columns}
         self._superseded: dict[tuple[str, str], frozenset[str]] = {}
 
     @property
     def is_local(self) -> bool:
         """Whether the parts are in a local file system."""
-        return self._local
+        return isinstance(self._fs, LocalFileSystem)
 
     def append(self, table: str, rows: Sequence[Mapping[str, Any]]) -> str:
         """Write rows as one part; they are durable when this returns.
@@ -212,8 +237,11 @@ class Landing:
         OSError
             If the part was not written, or perhaps not. Object stores raise other classes as
             well.
+        LandingError
+            If the landing does not exist, or refuses access.
         """
-        self._write(part.table, part.name, part.rows)
+        with self._usable():
+            self._write(part.table, part.name, part.rows)
 
     def parts(self, table: str) -> list[str]:
         """Return the names of the parts that hold a table's rows, oldest first."""
@@ -388,18 +416,45 @@ class Landing:
 
     def _list(self, table: str) -> set[str]:
         self._fs.invalidate_cache()
-        try:
-            paths: list[str] = self._fs.ls(self._path(table), detail=False)
-        except FileNotFoundError:
-            return set()
+        paths: list[str] = []
+        with self._usable(), suppress(FileNotFoundError):
+            paths = self._fs.ls(self._path(table), detail=False)
         names = (path.rsplit("/", 1)[-1] for path in paths)
         parts = {name for name in names if name.endswith(_PART) and not name.startswith(".")}
         if own := list(filter(_NAME.fullmatch, parts)):
             _row_ids.see(max(own))
         return parts
 
+    @cached_property
+    def _place(self) -> tuple[AbstractFileSystem, str]:
+        """The file system, and the path in it; some connect to their server for that."""
+        try:
+            found: tuple[AbstractFileSystem, str] = fsspec.core.url_to_fs(self._url)
+        except (ImportError, ValueError) as error:  # no such protocol, or its package is missing
+            raise LandingError(self._url, str(error)) from error
+        return found
+
+    @property
+    def _fs(self) -> AbstractFileSystem:
+        return self._place[0]
+
+    @property
+    def _root(self) -> str:
+        return self._place[1]
+
     def _path(self, table: str, name: str = "") -> str:
         return "/".join(filter(None, (self._root.rstrip("/"), table, name)))
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """Raise a LandingError where a bucket is missing, or credentials are or are refused."""
+        try:
+            yield
+        except Exception as error:
+            refused = isinstance(error, FileNotFoundError | PermissionError)
+            if refused or "Credential" in type(error).__name__:
+                raise LandingError(self._url, str(error)) from error
+            raise
 
     @contextmanager
     def _opened(self, table: str, name: str) -> Iterator[pq.ParquetFile]:
@@ -424,7 +479,7 @@ class Landing:
     def _write(self, table: str, name: str, rows: pa.Table) -> None:
         buffer = BytesIO()
         pq.write_table(rows, buffer, compression="zstd", write_page_checksum=True)
-        if not self._local:
+        if not self.is_local:
             self._fs.pipe_file(self._path(table, name), buffer.getvalue())
             return
         folder = Path(self._path(table))
@@ -488,7 +543,7 @@ class Landing:
 
     def _delete_abandoned(self, table: str) -> None:
         """Delete temporary files of killed writers, once they are too old to be in use."""
-        if self._local:
+        if self.is_local:
             for path in Path(self._path(table)).glob(f".*{_TEMPORARY}"):
                 with suppress(FileNotFoundError):
                     if path.stat().st_mtime < time.time() - _ABANDONED_AFTER_S:
@@ -497,7 +552,7 @@ class Landing:
     @contextmanager
     def _compacting(self, table: str) -> Iterator[bool]:
         folder = Path(self._path(table))
-        if not self._local or not folder.exists():
+        if not self.is_local or not folder.exists():
             yield True
             return
         try:

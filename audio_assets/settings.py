@@ -72,11 +72,13 @@ class AudioAssetsSettings(BaseSettings):
     audio_scratch_mib: PositiveInt = Field(
         4096,
         alias="AUDIO_SCRATCH_MIB",
+        le=10**9,
         description="Decoded audio that one run keeps for files with deferred cells (MiB)",
     )
     audio_max_hours: PositiveFloat = Field(
         12.0,
         alias="AUDIO_MAX_HOURS",
+        le=10_000,
         description="Longest audio that is analysed (h); of longer audio, the beginning is",
     )
     audio_min_seconds: NonNegativeFloat = Field(
@@ -93,10 +95,11 @@ class AudioAssetsSettings(BaseSettings):
     audio_reserve_mib: NonNegativeInt = Field(
         512,
         alias="AUDIO_RESERVE_MIB",
+        le=10**9,
         description="Space that decoding leaves free on the disk of the decoded audio (MiB)",
     )
     batch_size: PositiveInt = Field(
-        50, alias="AUDIO_ASSETS_BATCH_SIZE", description="Files per run"
+        50, alias="AUDIO_ASSETS_BATCH_SIZE", le=100_000, description="Files per run"
     )
     umask: str = Field(
         "077",
@@ -113,8 +116,19 @@ class AudioAssetsSettings(BaseSettings):
     workers: PositiveInt = Field(
         default_factory=usable_cores,
         alias="AUDIO_ASSETS_WORKERS",
+        le=1000,
         description="Worker processes of a run; the usable cores if unset",
     )
+
+    @field_validator("dagster_home")
+    @classmethod
+    def _has_a_user(cls, home: Path) -> Path:
+        try:
+            return home.expanduser()
+        except RuntimeError:
+            raise ValueError(
+                f"should not be in the home of {home.parts[0]}: no such user"
+            ) from None
 
     @field_validator("timezone")
     @classmethod
@@ -166,7 +180,7 @@ def prepare_home() -> Path:
         If it cannot be written to.
     """
     set_umask()
-    home = get_settings().dagster_home.expanduser().absolute()
+    home = get_settings().dagster_home.absolute()
     home.mkdir(parents=True, exist_ok=True)
     template = PROJECT_DAGSTER_HOME / "dagster.yaml"
     if not (home / template.name).exists() and template.exists():  # an installed wheel has none

@@ -7,7 +7,6 @@ from typing import Annotated, Self
 
 from pydantic import (
     Field,
-    NonNegativeFloat,
     PositiveFloat,
     PositiveInt,
     ValidationError,
@@ -19,6 +18,10 @@ from sqlalchemy import make_url
 from sqlalchemy.exc import ArgumentError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(ge=0, le=1000)]
+Count = Annotated[PositiveInt, Field(le=10**9)]
+Seconds = Annotated[PositiveFloat, Field(le=1e9)]
+"""Above 30 years, waits and dates overflow."""
 
 
 class RobustnessSettingsError(ValueError):
@@ -53,28 +56,28 @@ class RobustnessSettings(BaseSettings):
         validation_alias="MEMORY_AWARE",
         description="Limit the memory of each worker and shed workers under memory pressure",
     )
-    circuit_breaker_failure_threshold: PositiveInt = Field(
+    circuit_breaker_failure_threshold: Count = Field(
         default=5,
         validation_alias="CIRCUIT_BREAKER_FAILURE_THRESHOLD",
         description="Consecutive failures that open a breaker which has no threshold of its own",
     )
-    circuit_breaker_recovery_timeout: PositiveFloat = Field(
+    circuit_breaker_recovery_timeout: Seconds = Field(
         default=60.0,
         validation_alias="CIRCUIT_BREAKER_RECOVERY_TIMEOUT",
         description="Seconds an open breaker waits before it lets a probe through",
     )
-    half_open_permits: PositiveInt = Field(
+    half_open_permits: Count = Field(
         default=1,
         validation_alias="ROBUSTNESS_HALF_OPEN_PERMITS",
         description="Probes a half-open breaker admits at once, over all processes",
     )
-    timeout_base_delay: PositiveFloat = Field(
+    timeout_base_delay: Seconds = Field(
         default=60.0,
         validation_alias="TIMEOUT_BASE_DELAY",
         description="Base timeout (s) of work that the table of base timeouts does not name; "
         "not above `TIMEOUT_MAX_DELAY`",
     )
-    timeout_max_delay: PositiveFloat = Field(
+    timeout_max_delay: Seconds = Field(
         default=600.0,
         validation_alias="TIMEOUT_MAX_DELAY",
         description="Longest timeout (s), learned or not; `increase_timeout` may exceed it by half",
@@ -84,7 +87,7 @@ class RobustnessSettings(BaseSettings):
         validation_alias="TIMEOUT_MEMORY_THRESHOLD",
         description="Share of memory in use (0 to 1) above which timeouts are lengthened",
     )
-    timeout_floor: PositiveFloat = Field(
+    timeout_floor: Seconds = Field(
         default=5.0,
         validation_alias="ROBUSTNESS_TIMEOUT_FLOOR",
         description="Shortest learned timeout (s)",
@@ -94,27 +97,27 @@ class RobustnessSettings(BaseSettings):
         validation_alias="ROBUSTNESS_TIMEOUT_QUANTILE",
         description="Quantile of the observed times that a learned timeout starts from",
     )
-    timeout_margin: Annotated[float, Field(ge=1)] = Field(
+    timeout_margin: Annotated[Factor, Field(ge=1)] = Field(
         default=4.0,
         validation_alias="ROBUSTNESS_TIMEOUT_MARGIN",
         description="Factor between that quantile and the timeout",
     )
-    timeout_min_samples: PositiveInt = Field(
+    timeout_min_samples: Count = Field(
         default=10,
         validation_alias="ROBUSTNESS_TIMEOUT_MIN_SAMPLES",
         description="Observations before a learned timeout replaces the base timeout",
     )
-    retry_max_attempts: PositiveInt = Field(
+    retry_max_attempts: Count = Field(
         default=3,
         validation_alias="ROBUSTNESS_RETRY_MAX_ATTEMPTS",
         description="Attempts at one cell, the first included",
     )
-    retry_budget_ratio: NonNegativeFloat = Field(
+    retry_budget_ratio: Factor = Field(
         default=0.2,
         validation_alias="ROBUSTNESS_RETRY_BUDGET_RATIO",
         description="Retries allowed per first attempt, over all processes",
     )
-    retry_total_seconds: PositiveFloat = Field(
+    retry_total_seconds: Seconds = Field(
         default=1800.0,
         validation_alias="ROBUSTNESS_RETRY_TOTAL_SECONDS",
         description="Time (s) that one cell may take with all its retries and waits",
@@ -125,7 +128,7 @@ class RobustnessSettings(BaseSettings):
         description="Days after which a cell that is in quarantine for time, memory or a crash is "
         "tried once more, then after as long as it has been failing; 0 for never",
     )
-    worker_memory_mib: PositiveInt | None = Field(
+    worker_memory_mib: Count | None = Field(
         default=None,
         validation_alias="ROBUSTNESS_WORKER_MEMORY_MIB",
         description="Memory (MiB) of one worker; a share of the machine's or cgroup's if unset",
@@ -136,12 +139,12 @@ class RobustnessSettings(BaseSettings):
         description="SQLAlchemy URL of the state that all processes share (SQLite or PostgreSQL); "
         "`$DAGSTER_HOME/robustness.db` if unset, private to each process without `DAGSTER_HOME`",
     )
-    state_lock_timeout: PositiveFloat = Field(
+    state_lock_timeout: Seconds = Field(
         default=5.0,
         validation_alias="ROBUSTNESS_STATE_LOCK_TIMEOUT",
         description="Seconds to wait for a locked or silent state store before working without it",
     )
-    state_retry_interval: PositiveFloat = Field(
+    state_retry_interval: Seconds = Field(
         default=30.0,
         validation_alias="ROBUSTNESS_STATE_RETRY_INTERVAL",
         description="Seconds between two attempts to reconnect to the state store",

@@ -1,4 +1,4 @@
-"""Damaged files, by the thousand: each ends in an error of its own, and harms nobody.
+"""Damaged files, settings and file names, by the thousand: each ends in an error of its own.
 
 `make fuzz` does it for half an hour.
 """
@@ -6,8 +6,10 @@
 import os
 import random
 import time
+import unicodedata
 from collections import Counter
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import mutagen
@@ -15,11 +17,19 @@ import pytest
 
 from audio_assets.audio.decode import Limits, decode
 from audio_assets.audio.pcm import Audio
+from audio_assets.cli.doctor import CheckError, check_settings
 from audio_assets.features import FEATURE_SETS
 from audio_assets.library.formats import check_content
+from audio_assets.library.roots import library_roots
+from audio_assets.library.scan import Library
+from audio_assets.library.text import printable
+from audio_assets.settings import AudioAssetsSettings, get_settings
 from robustness.error_classifier import ErrorInfo, ErrorType, get_error_classifier
+from robustness.settings import RobustnessSettings
+from robustness.settings import get_settings as get_robustness_settings
 from robustness.worker_pool import WorkerPool
 from tests.audio.test_decode import FORMATS, encode_format
+from tests.conftest import forget_state
 
 SECONDS = float(os.environ.get("AUDIO_TEST_FUZZ_SECONDS", "10"))
 SEED = int(os.environ.get("AUDIO_TEST_FUZZ_SEED", "7"))
@@ -122,3 +132,81 @@ def test_damaged_files_end_in_errors_of_their_own(tmp_path: Path) -> None:
         assert pool.submit(probe, tmp_path / "a.flac", timeout=DEADLINE_S).result() is not None
     print(dict(tried))
     assert not wrong, "\n".join(wrong[:20])
+
+
+# fmt: off
+VALUES = (
+    "", " ", "0", "1", "-1", "1.5", "8", "1e9", "1e400", "nan", "inf", "1_000", "\uff11", "9" * 5000,
+    "true", "none", "077", "0o77", "UTC", "Europe/Berlin", "../UTC", "/etc/passwd", "\x1b[31m",
+    "music", "a=/x", "=/x", "a=", "a=b=c", ":", "/x:/x/y", "a=/x:a=/y", "~nosuchuser/x", "/" * 300,
+    "sqlite:///x.db", "postgresql://u:p@h:1/b", "postgresql://[", "postgresql://h:port/b", "://",
+    "s3://bucket/x", "nosuchstore://x", "file:///x", "\udcff", "a" * 5000,
+)
+# fmt: on
+
+
+def mutated_value(rng: random.Random) -> str:
+    value = rng.choice(VALUES)
+    for _ in range(rng.choice((0, 0, 1, 3))):
+        at = rng.randint(0, len(value))
+        value = value[:at] + rng.choice((*VALUES, chr(rng.randint(1, 0xFF)))) + value[at + 1 :]
+    return value
+
+
+def test_settings_are_used_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(SEED)
+    monkeypatch.chdir(tmp_path)
+    classes = (AudioAssetsSettings, RobustnessSettings)
+    names = [str(field.validation_alias) for cls in classes for field in cls.model_fields.values()]
+    tried: Counter[str] = Counter()
+    ends = time.monotonic() + SECONDS / 5
+    while time.monotonic() < ends:
+        chosen = {name: mutated_value(rng) for name in rng.sample(names, rng.randint(1, 2))}
+        with monkeypatch.context() as environment:
+            environment.setenv("DAGSTER_HOME", str(tmp_path))
+            for name, value in chosen.items():
+                environment.setenv(name, value)
+            forget_state()
+            try:
+                check_settings()
+                library_roots()
+            except (CheckError, ValueError, OSError) as error:
+                tried[type(error).__name__] += 1
+            except Exception as error:
+                raise AssertionError(f"{chosen}: {type(error).__name__}: {error}") from error
+            else:
+                tried["used"] += 1
+                for settings in (get_settings(), get_robustness_settings()):
+                    for value in vars(settings).values():
+                        if isinstance(value, int | float):  # mostly a time
+                            timedelta(seconds=value)
+    forget_state()
+    print(dict(tried))
+
+
+def test_names_of_any_bytes_are_found_or_left_out(tmp_path: Path) -> None:
+    rng = random.Random(SEED)
+    tried: Counter[str] = Counter()
+    ends = time.monotonic() + SECONDS / 5
+    while time.monotonic() < ends:
+        root = tmp_path / str(tried["libraries"])
+        root.mkdir()
+        tried["libraries"] += 1
+        names = set()
+        for _ in range(50):
+            stem = os.fsencode(mutated_value(rng))
+            if rng.random() < 0.5:
+                stem = rng.randbytes(rng.randint(1, 80))
+            name = stem.replace(b"/", b"").replace(b"\0", b"")[:240] + b".wav"
+            (root / os.fsdecode(name)).touch()
+            names.add(name)
+        library = Library({"music": root})
+        scan = library.scan()
+        tried["files"] += len(names)
+        hidden = {name for name in names if name.startswith(b".")}
+        assert len(scan.files) + len(scan.left_out) >= len(names - hidden)
+        for entry in scan.files:
+            assert library.path_of(entry.file_key).exists()
+            shown = entry.file_key + printable(entry.file_key)
+            assert not any(unicodedata.category(c) in ("Cc", "Cs") for c in shown)
+    print(dict(tried))

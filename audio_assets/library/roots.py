@@ -34,7 +34,10 @@ def parse_roots(text: str) -> dict[str, Path]:
             name, given = "", item
         if not given:
             raise ValueError(f"library root {item!r} has no path")
-        path = Path(given).expanduser().resolve()
+        try:
+            path = Path(given).expanduser().resolve()
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"library root {given!r} cannot be: {error}") from None
         name = name or path.name
         if not name:
             raise ValueError(f"library root {given!r} needs a name: write name={given}")

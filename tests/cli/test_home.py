@@ -44,6 +44,8 @@ def test_a_dagster_yaml_of_one_s_own_is_kept(home: Home) -> None:
         ("ROBUSTNESS_STATE_URL", "mysql://user:secret@host/base"),
         ("DAGSTER_HOME", "/proc/nowhere"),
         ("DAGSTER_HOME", "/proc"),
+        ("DAGSTER_HOME", "~nosuchuser"),
+        ("AUDIO_ASSETS_WORKERS", "1000000000"),
     ],
 )
 def test_wrong_settings_are_one_sentence(home: Home, variable: str, value: str) -> None:

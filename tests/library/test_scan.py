@@ -319,6 +319,7 @@ def test_parse_roots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (":", "no library root"),
         ("/", "needs a name"),
         ("a=", "no path"),
+        ("~nosuchuser/music", "cannot be"),
         ("/music:/music/new", "overlap"),
         ("new=/music/new:/music", "overlap"),
         ("a=/music:b=/music", "overlap"),

@@ -83,6 +83,15 @@ def test_all_problems_are_named_at_once(monkeypatch: pytest.MonkeyPatch) -> None
     assert "MEMORY_AWARE: Input should be a valid boolean" in message
 
 
+@pytest.mark.parametrize("value", ["inf", "1e300", "nan"])
+def test_times_that_no_clock_can_add_are_refused(
+    monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("ROBUSTNESS_RETRY_TOTAL_SECONDS", value)
+    with pytest.raises(RobustnessSettingsError, match="ROBUSTNESS_RETRY_TOTAL_SECONDS"):
+        get_settings()
+
+
 def test_bounds_that_contradict_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TIMEOUT_MAX_DELAY", "30")
     with pytest.raises(RobustnessSettingsError, match="TIMEOUT_BASE_DELAY=60 should not be above"):

@@ -136,7 +136,7 @@ def test_damaged_files_end_in_errors_of_their_own(tmp_path: Path) -> None:
 
 # fmt: off
 VALUES = (
-    "", " ", "0", "1", "-1", "1.5", "8", "1e9", "1e400", "nan", "inf", "1_000", "\uff11", "9" * 5000,
+    "", " ", "0", "-1", "1.5", "8", "1e9", "1e400", "nan", "inf", "1_000", "\uff11", "9" * 5000,
     "true", "none", "077", "0o77", "UTC", "Europe/Berlin", "../UTC", "/etc/passwd", "\x1b[31m",
     "music", "a=/x", "=/x", "a=", "a=b=c", ":", "/x:/x/y", "a=/x:a=/y", "~nosuchuser/x", "/" * 300,
     "sqlite:///x.db", "postgresql://u:p@h:1/b", "postgresql://[", "postgresql://h:port/b", "://",

@@ -122,7 +122,7 @@ class RobustnessSettings(BaseSettings):
         validation_alias="ROBUSTNESS_RETRY_TOTAL_SECONDS",
         description="Time (s) that one cell may take with all its retries and waits",
     )
-    parole_days: NonNegativeFloat = Field(
+    parole_days: Annotated[float, Field(ge=0, le=1e5)] = Field(
         default=7.0,
         validation_alias="ROBUSTNESS_PAROLE_DAYS",
         description="Days after which a cell that is in quarantine for time, memory or a crash is "

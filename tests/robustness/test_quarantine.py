@@ -1,9 +1,9 @@
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from robustness.quarantine import Quarantine
-from robustness.settings import get_settings
 from robustness.state import StateStore
 from tests.robustness.shared_state import run_in_processes
 
@@ -144,7 +144,7 @@ def test_parole_comes_after_growing_intervals(
 ) -> None:
     start, day = time.time(), 86400.0
     now = [start]
-    monkeypatch.setattr("robustness.quarantine.time.time", lambda: now[0])
+    monkeypatch.setattr("robustness.quarantine.time", SimpleNamespace(time=lambda: now[0]))
 
     def fail() -> None:
         quarantine.add(
@@ -167,6 +167,6 @@ def test_parole_comes_after_growing_intervals(
     assert not is_held(28.7)
     assert quarantine.check("h1", "key")
     assert quarantine.check("h2", "key", conditions={"av": "1"})
-    monkeypatch.setenv("ROBUSTNESS_PAROLE_DAYS", "0")
-    get_settings.cache_clear()
+    never = SimpleNamespace(parole_days=0.0)
+    monkeypatch.setattr("robustness.quarantine.get_settings", lambda: never)
     assert is_held(1000)

@@ -67,6 +67,7 @@ class _Cells:
                 ("finite", "No value in the table is NaN or infinite"),
                 ("complete", "The table has a row for each materialized file, and no other row"),
                 ("fresh", "The table has all rows that were written more than five minutes ago"),
+                ("degraded", "No row is degraded: see the view features.degraded"),
             )
         ),
     ],
@@ -104,6 +105,8 @@ def published_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.Asse
                     result = _check_complete(connection, feature_set, cells)
                 case "fresh", FeatureSet():
                     result = _check_fresh(connection, landing, feature_set)
+                case "degraded", FeatureSet():
+                    result = _check_degraded(connection, feature_set)
                 case _:
                     result = _check_success_rate(context.instance, connection)
             yield result._replace(asset_key=key.asset_key, check_name=key.name)
@@ -282,6 +285,22 @@ def _check_fresh(
             "published_at": dg.MetadataValue.timestamp(published_at),
             "parts_waiting": len(unpublished),
         },
+    )
+
+
+def _check_degraded(connection: DuckDBPyConnection, feature_set: FeatureSet) -> dg.AssetCheckResult:
+    """Tell of rows that may differ from the best ones."""
+    [(rows, degraded, due)] = connection.execute(
+        "SELECT count(*), count(degraded), count(retry_after) "
+        f"FROM {feature_table(feature_set).sql_name}"
+    ).fetchall()
+    return dg.AssetCheckResult(
+        passed=not degraded,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=f"{degraded} of {rows} rows are degraded; {due} of them are computed again"
+        if degraded
+        else None,
+        metadata={"degraded": degraded, "computed_again": due},
     )
 
 

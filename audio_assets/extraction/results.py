@@ -202,6 +202,7 @@ class Results:
         extractor: str | None = None,
         error: ErrorInfo | None = None,
         recovery: RecoveryStrategy | None = None,
+        degraded: str | None = None,
     ) -> None:
         """Add the record of an attempt to extract a cell, or to decode audio for it."""
         file, measurement = cell.file, attempt.measurement
@@ -237,6 +238,7 @@ class Results:
             "breaker_state": attempt.breaker_state,
             "started_at": started_at,
             "content_hash": file.identity and file.identity.content_hash,
+            "degraded": degraded,
         }
         attempt.stage.began = attempt.stage.began or attempt.finished
         cell.history.append(row)
@@ -249,10 +251,12 @@ class Results:
         file = cell.file
         assert file.identity is not None
         self._classifier.record_success(cell.operation)
-        self.record_attempt(attempt, cell, "succeeded", extractor=result.extractor)
         if cell.attempts == 1:
             self._succeeding.add(cell.operation)
         degraded, is_passing = self._degradation(cell, result.extractor)
+        self.record_attempt(
+            attempt, cell, "succeeded", extractor=result.extractor, degraded=degraded
+        )
         cell.row = {
             **result.row,
             "file_key": file.key,

@@ -22,6 +22,7 @@ SELECT
     CASE WHEN bool_or(outcome = 'succeeded') THEN 'succeeded' ELSE arg_max(outcome, row_id) END
         AS outcome,
     bool_or(outcome = 'failed') AS stumbled,
+    bool_or(degraded IS NOT NULL) AS degraded,
     max(row_id) FILTER (outcome = 'succeeded') AS success_id,
     max(audio_s) AS audio_s
 FROM robustness.attempts
@@ -43,6 +44,7 @@ SET files = figures.files,
     cells_quarantined = figures.quarantined,
     cells_skipped = figures.skipped,
     cells_reused = figures.reused,
+    cells_degraded = figures.degraded,
     success_rate = figures.done / nullif(figures.done + figures.failed, 0),
     retries = figures.retries,
     recovered_cells = figures.recovered,
@@ -61,6 +63,7 @@ FROM (
             count(*) FILTER (outcome = 'quarantined') AS quarantined,
             count(*) FILTER (outcome IN ('deferred', 'skipped')) AS skipped,
             count(*) FILTER (outcome = 'reused') AS reused,
+            count(*) FILTER (outcome = 'succeeded' AND degraded) AS degraded,
             count(*) FILTER (outcome = 'succeeded' AND stumbled) AS recovered
         FROM cells GROUP BY run_id
     )

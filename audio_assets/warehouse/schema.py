@@ -161,6 +161,9 @@ ATTEMPTS = Table(
         Column("breaker_state", "VARCHAR", "State of the feature set's breaker at the start"),
         Column("started_at", "TIMESTAMPTZ", "When the attempt began"),
         Column("content_hash", "VARCHAR", "Hash of the file's content"),
+        Column(
+            "degraded", "VARCHAR", "Why the values may differ from those of a sound file and run"
+        ),
     ),
     key=(ROW_ID,),
 )
@@ -185,6 +188,7 @@ RUNS = Table(
         Column("cells_quarantined", "BIGINT", "Cells that cannot be computed from their file"),
         Column("cells_skipped", "BIGINT", "Cells deferred, or of files that cannot be read"),
         Column("cells_reused", "BIGINT", "Cells unchanged since an earlier run"),
+        Column("cells_degraded", "BIGINT", "Cells done whose rows are degraded"),
         Column("success_rate", "DOUBLE", "Cells done of those done and failed, 0 to 1"),
         Column("retries", "BIGINT", "Attempts after a cell's first"),
         Column("recovered_cells", "BIGINT", "Cells done after a failed attempt"),

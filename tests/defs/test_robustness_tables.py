@@ -146,7 +146,7 @@ def test_complete_tables_pass(instance: dg.DagsterInstance) -> None:
     write_rows(KEYS)
     materialize(instance, KEYS)
     found = checks(run_stats(instance))
-    assert len(found) == 1 + 3 * len(FEATURE_SETS)
+    assert len(found) == 1 + 4 * len(FEATURE_SETS)
     assert all(evaluation.passed for evaluation in found.values())
 
 
@@ -179,6 +179,16 @@ def test_nan_in_arrays_and_maps_is_found(instance: dg.DagsterInstance) -> None:
     found = checks(run_stats(instance))["musicnn", "finite"]
     assert not found.passed
     assert "msd_tags, embedding" in str(found.description)
+
+
+def test_degraded_rows_warn(instance: dg.DagsterInstance) -> None:
+    write_rows(KEYS[:2])
+    write_rows(KEYS[2:3], degraded="the audio breaks off after 5.0 s")
+    write_rows(KEYS[3:], degraded="essentia failed: no", retry_after=datetime.now(UTC))
+    found = checks(run_stats(instance))["rhythm", "degraded"]
+    assert not found.passed
+    assert found.severity is dg.AssetCheckSeverity.WARN
+    assert found.description == "2 of 4 rows are degraded; 1 of them are computed again"
 
 
 def test_materialized_file_without_a_row_is_an_error(instance: dg.DagsterInstance) -> None:

@@ -26,6 +26,9 @@ from audio_assets.library.files import FileStamp, open_regular
 # above the noise of 16-bit audio, to save about 0.05 s on 205 s of stereo (white noise, soxr 1.1).
 _RESAMPLER_QUALITY = "VHQ"
 
+_LOST_SHARE = 0.01
+"""Share of the louder channel's energy (-20 dB) below which the channels cancel each other."""
+
 _SPACE_CHECK_BYTES = 16 << 20
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -153,6 +156,7 @@ def _write(file: BinaryIO, target: Path, decoder: DecoderName, limits: Limits) -
             None if None in sizes else sum(filter(None, sizes)),
             complete_share,
             damage,
+            writer.louder_channel,
         )
         # The array is renamed last: where it exists, the info does too.
         temporary_info.write_text(json.dumps(asdict(source)), "utf-8")
@@ -218,6 +222,8 @@ class _Writer:
         """The bound that the audio has reached, if it has reached one."""
         self._output = output
         self._channels = 0
+        self._energies = np.zeros(3)
+        """Of the channels and of their mean."""
         self._rate = SAMPLE_RATE
         self._resampler: soxr.ResampleStream | None = None
         self._until_check = 0
@@ -283,8 +289,19 @@ class _Writer:
             self._append(self._resampler.resample_chunk(rest, last=True))
             self._resampler = None
 
+    @property
+    def louder_channel(self) -> int | None:
+        """The louder channel, if the channels cancel each other in their mean."""
+        left, right, mean = self._energies
+        is_lost = self._channels == 2 and mean < _LOST_SHARE * max(left, right)
+        return int(right > left) if is_lost else None
+
     def _append(self, samples: Samples) -> None:
         self._leave_reserve(samples.nbytes)
+        if self._channels == 2:
+            left, right = samples[:, 0], samples[:, 1]
+            both, cross = [float(left @ left), float(right @ right)], float(left @ right)
+            self._energies += *both, (sum(both) + 2 * cross) / 4
         self._output.write(np.ascontiguousarray(samples).data)
         self.samples += len(samples)
 

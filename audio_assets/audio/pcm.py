@@ -45,6 +45,9 @@ class SourceInfo:
         it states none.
     damage : str or None
         What is missing of the audio, as a predicate of the file; None if nothing is.
+    louder_channel : int or None
+        The channel that is the mono signal (0 or 1), as the channels cancel each other in their
+        mean; None if that is the mono signal.
     """
 
     codec: str
@@ -57,6 +60,7 @@ class SourceInfo:
     stream_bytes: int | None = None
     complete_share: float | None = None
     damage: str | None = None
+    louder_channel: int | None = None
 
 
 class Audio:
@@ -174,7 +178,7 @@ class Audio:
         return np.ascontiguousarray(np.broadcast_to(self.pcm, (len(self.pcm), 2)))
 
     def mono(self, sample_rate: int = SAMPLE_RATE) -> Samples:
-        """Return the mean of the channels, shape (samples,).
+        """Return the mean of the channels, or `SourceInfo.louder_channel`, shape (samples,).
 
         Parameters
         ----------
@@ -184,8 +188,9 @@ class Audio:
         """
         if sample_rate not in self._mono:
             if sample_rate == SAMPLE_RATE:
-                samples = np.array(self.pcm[:, 0])
-                if self.channels == 2:
+                channel = self.source and self.source.louder_channel
+                samples = np.array(self.pcm[:, channel or 0])
+                if self.channels == 2 and channel is None:
                     # The result of np.mean in an eighth of its time.
                     samples += self.pcm[:, 1]
                     samples *= np.float32(0.5)

@@ -3,11 +3,12 @@
 import librosa
 import onnxruntime
 import pandas  # pyarrow imports it when it converts its first row
+import scipy.signal  # with scipy.fft and scipy.ndimage
 
 import audio_assets.extraction.worker
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.essentia_library import essentia
 
-__all__ = ["FEATURE_SETS", "audio_assets", "librosa", "onnxruntime", "pandas"]
+__all__ = ["FEATURE_SETS", "audio_assets", "librosa", "onnxruntime", "pandas", "scipy"]
 
 essentia()

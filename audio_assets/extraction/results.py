@@ -288,6 +288,8 @@ class Results:
         source = cell.file.source
         if source and source.damage:
             reasons.append(f"the audio {source.damage}")
+        if source and source.louder_channel is not None and cell.feature_set.reads_pcm:
+            reasons.append("its channels are out of phase: the louder one was analysed as mono")
         error = cell.first_error
         if cell.options.extractor == "alternative" and error:
             reasons.append(f"{cell.feature_set.extractor} failed: {error.reason}")

@@ -178,6 +178,8 @@ def extract(
     ------
     FileChangedError
         If the file is no longer the one that was identified.
+    ImplausibleValueError
+        If a value is none that its column can have.
     ValueError, pyarrow.ArrowInvalid, pyarrow.ArrowTypeError
         If the row does not fit the feature set's table.
     """
@@ -186,6 +188,9 @@ def extract(
     else:
         function, name = feature_set.extract_alternative, feature_set.alternative
     with _unchanged(file):
+        duration_s: float | None = None
+        if feature_set.reads_pcm:
+            duration_s = _audio(file).duration_s
         if not feature_set.reads_pcm:
             row = function(Audio.without_pcm(file.path, file.stamp, decoding))
         elif block_s is None:
@@ -193,7 +198,7 @@ def extract(
         else:
             row = _extract_in_blocks(_audio(file), function, block_s, feature_set.combine)
             name += "/blocks"
-    check_row(feature_set, row)
+    check_row(feature_set, row, duration_s)
     # A value that does not fit its column fails here, alone, and not a part with other rows.
     pa.Table.from_pylist([row], schema=_schema(tuple(feature_set.columns)))
     return CellResult(row, name)

@@ -1,10 +1,11 @@
 """What a feature set is: its columns, its two extractors, what it shows in the UI."""
 
 import keyword
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from audio_assets.audio.pcm import Audio
 
@@ -12,6 +13,9 @@ Row = dict[str, Any]
 """One cell's values by column name: plain Python numbers, strings, lists, dicts, or None."""
 
 Reads = Literal["pcm", "file", "decoding"]
+
+_ROUNDING = 1e-5
+"""By how much a number of 32 bits may leave its range."""
 
 _NUMBERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "FLOAT", "DOUBLE"}
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")
@@ -44,12 +48,16 @@ class Column:
         What it is, with its value range.
     unit : str, optional
         Unit, for instance ``s``, ``Hz``, ``dB``, ``LUFS``.
+    low, high : float, optional
+        Range of its numbers, or of those in its lists and maps. Default: all that are finite.
     """
 
     name: str
     type: str
     description: str
     unit: str | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 COMMON_COLUMNS = (
@@ -103,6 +111,8 @@ class FeatureSet:
     picture : callable, optional
         Draws a row for the Dagster UI, with the functions of `audio_assets.features.pictures`;
         returns None where there is nothing to draw.
+    contradiction : callable, optional
+        Takes a row and the length of the audio (s), and says what in the row cannot be so, or None.
     headline : str
         The column shown in the view ``features.tracks``.
     plotted : sequence of str
@@ -137,6 +147,7 @@ class FeatureSet:
     extract_alternative: Callable[[Audio], Row]
     combine: Callable[[Sequence[Row], Sequence[float]], Row]
     picture: Callable[[Row], str | None] | None = None
+    contradiction: Callable[[Mapping[str, Any], float | None], str | None] | None = None
     headline: str
     plotted: Sequence[str] = ()
     extractor: str = "essentia"
@@ -175,11 +186,30 @@ class FeatureSet:
         return dict.fromkeys(column.name for column in self.columns)
 
 
-def check_row(feature_set: FeatureSet, row: Mapping[str, Any]) -> None:
-    """Raise if a row's names are not exactly the feature set's columns.
+class ImplausibleValueError(ValueError):
+    """An extractor's value is none that the column can have."""
+
+    error_type: ClassVar[str] = "AUDIO_PROCESSING"
+    systemic: ClassVar[bool] = False
+
+
+def check_row(feature_set: FeatureSet, row: Mapping[str, Any], duration_s: float | None) -> None:
+    """Check a row before it is stored.
+
+    Parameters
+    ----------
+    feature_set : FeatureSet
+        What it is of.
+    row : mapping
+        The extractor's values.
+    duration_s : float or None
+        Length of the audio (s), if it was decoded.
 
     Raises
     ------
+    ImplausibleValueError
+        If a number is NaN, infinite or outside its column's range, or the row contradicts itself or
+        the audio.
     ValueError
         If a column is missing or unknown.
     """
@@ -189,3 +219,33 @@ def check_row(feature_set: FeatureSet, row: Mapping[str, Any]) -> None:
         raise ValueError(
             f"extractor of {feature_set.name}: missing columns {missing}, unknown columns {unknown}"
         )
+    for column in feature_set.columns:
+        for number in _numbers(row[column.name]):
+            if not math.isfinite(number) or not _lowest(column) <= number <= _highest(column):
+                raise ImplausibleValueError(
+                    f"{feature_set.name} is implausible: {column.name} is {number:.6g}, which must "
+                    f"be from {_lowest(column):g} to {_highest(column):g}"
+                )
+    if feature_set.contradiction and (found := feature_set.contradiction(row, duration_s)):
+        raise ImplausibleValueError(f"{feature_set.name} is implausible: {found}")
+
+
+def _numbers(value: object) -> Iterator[float]:
+    match value:
+        case bool():
+            return
+        case int() | float():
+            yield value
+        case list():
+            for element in value:
+                yield from _numbers(element)
+        case dict():
+            yield from _numbers(list(value.values()))
+
+
+def _lowest(column: Column) -> float:
+    return -math.inf if column.low is None else column.low - _ROUNDING
+
+
+def _highest(column: Column) -> float:
+    return math.inf if column.high is None else column.high + _ROUNDING

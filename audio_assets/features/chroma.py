@@ -80,9 +80,21 @@ FEATURE_SET = FeatureSet(
         "temperament (Gómez, 2005). NULL for silence. Analysis in blocks averages the tuning."
     ),
     columns=(
-        Column("mean", "FLOAT[12]", "Mean of each pitch class, A first (A, A#, ... G#), 0 to 1"),
-        Column("std", "FLOAT[12]", "Standard deviation of each pitch class, A first, 0 to 0.5"),
-        Column("tuning_hz", "DOUBLE", "Frequency of the tuning tone A, 427 to 457", "Hz"),
+        Column(
+            "mean",
+            "FLOAT[12]",
+            "Mean of each pitch class, A first (A, A#, ... G#), 0 to 1",
+            low=0,
+            high=1,
+        ),
+        Column(
+            "std",
+            "FLOAT[12]",
+            "Standard deviation of each pitch class, A first, 0 to 0.5",
+            low=0,
+            high=0.5,
+        ),
+        Column("tuning_hz", "DOUBLE", "Frequency of the tuning tone A, 427 to 457", "Hz", 420, 460),
     ),
     licence="AGPL-3.0 (Essentia), ISC (librosa)",
     citation=(

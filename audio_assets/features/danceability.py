@@ -17,10 +17,16 @@ _FRAME = SAMPLE_RATE // 100
 _SEGMENTS = [int(310 * 1.1**i / 10) for i in range(36)]
 """Segment lengths (frames of 10 ms), from 310 ms to 8.8 s."""
 
+_SHORTEST_S = 3.0
+"""Excerpts of 2 s differ from the whole piece by a factor of up to 1.8, of 3 s by 1.4 (p90)."""
+
+_HIGHEST = 10.0
+"""A metronome has 9, a tone 400: it has next to no fluctuation to analyse."""
+
 
 def _extract(audio: Audio) -> Row:
     samples = audio.mono()
-    if len(samples) < _SEGMENTS[1] * _FRAME or is_silent(samples):
+    if audio.duration_s < _SHORTEST_S or is_silent(samples):
         return _row([])
     _, dfa = essentia().Danceability()(samples)
     usable = sum(length <= len(samples) // _FRAME for length in _SEGMENTS) - 1
@@ -30,7 +36,7 @@ def _extract(audio: Audio) -> Row:
 def _extract_alternative(audio: Audio) -> Row:
     samples = audio.mono()
     frames = len(samples) // _FRAME
-    if frames < _SEGMENTS[1] or is_silent(samples):
+    if audio.duration_s < _SHORTEST_S or is_silent(samples):
         return _row([])
     envelope = samples[: frames * _FRAME].reshape(frames, _FRAME).std(axis=1, ddof=1)
     profile = np.cumsum(envelope - envelope.mean(dtype=np.float64), dtype=np.float64)
@@ -56,7 +62,7 @@ def _row(dfa: list[float]) -> Row:
     mean = float(np.mean(dfa)) if dfa else 0.0
     if not np.isfinite(mean) or mean <= 0 or not np.isfinite(dfa).all():
         return {"danceability": None, "dfa_exponents": None}
-    return {"danceability": 1 / mean, "dfa_exponents": dfa}
+    return {"danceability": 1 / mean if mean >= 1 / _HIGHEST else None, "dfa_exponents": dfa}
 
 
 def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
@@ -76,11 +82,18 @@ FEATURE_SET = FeatureSet(
     name="danceability",
     description=(
         "Danceability by detrended fluctuation analysis of the amplitude envelope (Streich and "
-        "Herrera, AES 118th Convention, 2005). NULL for silence and for files under 0.34 s. "
+        "Herrera, AES 118th Convention, 2005). NULL for silence and for files under 3 s. "
         "Analysis in blocks averages the blocks' exponents."
     ),
     columns=(
-        Column("danceability", "DOUBLE", "From 0 to about 3; the higher, the more danceable"),
+        Column(
+            "danceability",
+            "DOUBLE",
+            "0 to 10; the higher, the more danceable; music mostly stays below 3. NULL where the "
+            "level hardly fluctuates, as in tones",
+            low=0.0,
+            high=_HIGHEST,
+        ),
         Column(
             "dfa_exponents",
             "FLOAT[]",
@@ -103,4 +116,5 @@ FEATURE_SET = FeatureSet(
     plotted=("danceability",),
     alternative="numpy",
     position=30,
+    code_version="2",
 )

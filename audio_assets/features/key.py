@@ -140,11 +140,23 @@ FEATURE_SET = FeatureSet(
     columns=(
         Column("key", "VARCHAR", "Tonic: C, C#, D, Eb, E, F, F#, G, Ab, A, Bb, B"),
         Column("scale", "VARCHAR", "major or minor"),
-        Column("strength", "DOUBLE", "Correlation with the key's profile, -1 to 1"),
+        Column(
+            "strength",
+            "DOUBLE",
+            "Correlation with the key's profile, -1 to 1; noise reaches 0.8",
+            low=-1,
+            high=1,
+        ),
         Column("camelot", "VARCHAR", "Place on the Camelot wheel, 1A to 12B; neighbours mix well"),
         Column("second_key", "VARCHAR", "Tonic under the second profile"),
         Column("second_scale", "VARCHAR", "Scale under the second profile"),
-        Column("second_strength", "DOUBLE", "Correlation under the second profile, -1 to 1"),
+        Column(
+            "second_strength",
+            "DOUBLE",
+            "Correlation under the second profile, -1 to 1",
+            low=-1,
+            high=1,
+        ),
     ),
     licence="AGPL-3.0 (Essentia), ISC (librosa)",
     citation=(

@@ -302,8 +302,15 @@ FEATURE_SET = FeatureSet(
         "each block by itself, and averages loudness range and dynamic complexity."
     ),
     columns=(
-        Column("integrated_lufs", "DOUBLE", "Integrated loudness, gated, -70 to about 0", "LUFS"),
-        Column("loudness_range_lu", "DOUBLE", "Loudness range, from 0; needs 3 s", "LU"),
+        Column(
+            "integrated_lufs",
+            "DOUBLE",
+            "Integrated loudness, gated, -70 to about 0",
+            "LUFS",
+            -70,
+            200,
+        ),
+        Column("loudness_range_lu", "DOUBLE", "Loudness range, from 0; needs 3 s", "LU", 0, 200),
         Column("momentary_max_lufs", "DOUBLE", "Largest loudness of 0.4 s", "LUFS"),
         Column("short_term_max_lufs", "DOUBLE", "Largest loudness of 3 s", "LUFS"),
         Column(

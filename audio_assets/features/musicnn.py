@@ -216,12 +216,16 @@ FEATURE_SET = FeatureSet(
             "MAP(VARCHAR, FLOAT)",
             "Mean activation, 0..1, of each of the 50 tags (genre, mood, era, voice) of the "
             "network trained on MSD.",
+            low=0,
+            high=1,
         ),
         Column(
             "mtt_tags",
             "MAP(VARCHAR, FLOAT)",
             "Mean activation, 0..1, of each of the 50 tags (instrument, voice, genre, pace) of the "
             "network trained on MTT.",
+            low=0,
+            high=1,
         ),
         Column(
             "top_tags",
@@ -240,6 +244,7 @@ FEATURE_SET = FeatureSet(
             "INTEGER",
             "Patches of 3 s that the means are over, silent ones left out; 1 also for a file "
             "shorter than a patch.",
+            low=0,
         ),
     ),
     licence=(

@@ -2,9 +2,9 @@
 
 Essentia's RhythmExtractor2013 and OnsetRate transform a signal five times and take a phase, a sine
 and a cosine for every bin. Here frames that several functions read are transformed once, and phases
-are complex numbers of modulus 1, which are added by multiplying: a tenth of the time. The signal is
-read block by block, so that memory holds no more than the functions and, for each frame, the 40
-bands of `beat_emphasis`.
+are complex numbers of modulus 1, which are added by multiplying. The signal is read block by block,
+so that memory holds no more than the functions and, for each frame, the 40 bands of the beat
+emphasis.
 
 The functions are those of Essentia, deviations from the papers included, and equal its values to
 about 1e-5 of each function's maximum. Its quirks are marked as such.
@@ -13,7 +13,7 @@ about 1e-5 of each function's maximum. Its quirks are marked as such.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import product
+from itertools import count, product
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,36 +79,32 @@ def beat_functions(audio: Audio) -> BeatFunctions:
     double_hop_frames = _frame_count(audio, _BEAT_FRAME_SIZE, 2 * HOP_SIZE)
     # The last frame of one hop size may lie behind the last of the other, padded with zeros.
     total = max(frames, 2 * double_hop_frames - 1)
-    complex_difference, energy, gain, bands, mel_bands = [], [], [], [], []
+    bands = np.empty((_BANDS, total), np.float32)
+    complex_difference, energy_flux, mel_flux, gain = [], [], [], []
     history = 2 * _GAIN_FRAMES
-    for magnitudes, phasors, spectra in _polar(audio, _BEAT_FRAME_SIZE, total, history):
+    blocks = _polar(audio, _BEAT_FRAME_SIZE, total, history)
+    for first, (magnitudes, phasors, spectra) in zip(count(0, _FRAMES_PER_BLOCK), blocks):
         # Essentia adds the earlier phase where the paper subtracts it.
         predicted = np.square(phasors[history - 1 : -1]) * phasors[history - 2 : -2]
         distance = _distance(magnitudes[history - 1 : -1], spectra, predicted)
-        bands.append(np.square(distance, out=distance) @ _erb_filters())
+        emphasis = np.square(distance, out=distance) @ _erb_filters()
+        bands[:, first : first + len(emphasis)] = emphasis.T
         predicted = np.square(phasors[history - 2 : -2 : 2])
         predicted *= phasors[history - 4 : -4 : 2].conj()
         distance = _distance(magnitudes[history - 2 : -2 : 2], spectra[::2], predicted)
         complex_difference.append(distance.sum(axis=1))
-        power = np.square(magnitudes[history::2])
-        energy.append(power.sum(axis=1))
-        mel_bands.append(power[:, : len(_mel_filters())] @ _mel_filters())
+        power = np.square(magnitudes[history - 2 :: 2])
+        energy_flux.append(_rise(np.sqrt(power.sum(axis=1)) / power.shape[1]))
+        mel_power = power[:, : len(_mel_filters())] @ _mel_filters()
+        mel_flux.append(_rise(_levels(mel_power)).sum(axis=1))
         gain.append(_information_gain(magnitudes[:, _GAIN_BINS]))
-
-    def joined(blocks: list[Samples], count: int) -> Samples:
-        return np.concatenate(blocks)[:count]
-
-    root_mean_square = np.sqrt(joined(energy, double_hop_frames)) / (_BEAT_FRAME_SIZE // 2 + 1)
-    powers = joined(mel_bands, double_hop_frames)
-    levels = np.where(
-        powers < _MEL_FLOOR, _SILENCE_DB, 20 * np.log10(np.maximum(powers, _MEL_FLOOR))
-    )
+    energy_flux[0][0] = mel_flux[0][0] = 0
     return BeatFunctions(
-        complex_difference=joined(complex_difference, double_hop_frames),
-        energy_flux=_rise(root_mean_square),
-        mel_flux=_rise(levels).sum(axis=1, dtype=np.float32),
-        beat_emphasis=_beat_emphasis(joined(bands, frames).T),
-        information_gain=joined(gain, frames),
+        complex_difference=np.concatenate(complex_difference)[:double_hop_frames],
+        energy_flux=np.concatenate(energy_flux)[:double_hop_frames],
+        mel_flux=np.concatenate(mel_flux)[:double_hop_frames],
+        beat_emphasis=_beat_emphasis(bands[:, :frames]),
+        information_gain=np.concatenate(gain)[:frames],
     )
 
 
@@ -154,11 +150,11 @@ def _polar(
     magnitudes = np.zeros(shape, np.float32)
     phasors = np.ones(shape, np.complex64)
     for first in range(0, total, _FRAMES_PER_BLOCK):
-        count = min(_FRAMES_PER_BLOCK, total - first)
-        stop = history + count
+        frames = min(_FRAMES_PER_BLOCK, total - first)
+        stop = history + frames
         magnitudes[:history] = magnitudes[-history:]
         phasors[:history] = phasors[-history:]
-        spectra = _spectra(audio, frame_size, first, count)
+        spectra = _spectra(audio, frame_size, first, frames)
         present = np.abs(spectra, out=magnitudes[history:stop])
         inverse = np.maximum(present, np.finfo(np.float32).tiny)
         np.divide(1, inverse, out=inverse)
@@ -195,9 +191,17 @@ def _distance(magnitudes: Samples, spectra: Spectra, predicted: Spectra) -> Samp
     return np.abs(turned)
 
 
-def _rise(values: NDArray[np.floating]) -> Samples:
-    """Return how much each frame exceeds the one before; 0 for the first."""
-    return np.maximum(np.diff(values, axis=0, prepend=values[:1]), 0).astype(np.float32)
+def _rise(values: Samples) -> Samples:
+    """Return how much each frame but the first exceeds the one before."""
+    rise: Samples = np.maximum(np.diff(values, axis=0), 0)
+    return rise
+
+
+def _levels(powers: Samples) -> Samples:
+    """Return twice the levels (dB) of powers, as Essentia takes them for amplitudes."""
+    levels: Samples = 20 * np.log10(np.maximum(powers, _MEL_FLOOR))
+    levels[powers < _MEL_FLOOR] = _SILENCE_DB
+    return levels
 
 
 def _information_gain(magnitudes: Samples) -> Samples:

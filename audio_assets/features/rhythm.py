@@ -1,7 +1,8 @@
 """Tempo, beats and onsets."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,11 @@ from audio_assets.features.pictures import curve
 from audio_assets.features.statistics import is_silent, weighted_mean
 
 _BLOCK_SECONDS = 10
+_FRAME_S = 2048 / SAMPLE_RATE
 _TEMPO_TOLERANCE = 5.0
+_TEMPI = (35.0, 213.0)
+"""Essentia tracks 40 to 208 beats per minute; the mean of the tempi may lie beside that."""
+_LEAST_BEATS = 4
 
 
 def _extract(audio: Audio) -> Row:
@@ -93,7 +98,8 @@ def _extract_alternative(audio: Audio) -> Row:
 
 
 def _row(bpm: float, confidence: float | None, beats: list[float], onset_rate: float) -> Row:
-    found = bpm > 0 and len(beats) > 0
+    lowest, highest = _TEMPI
+    found = lowest <= bpm <= highest and len(beats) >= _LEAST_BEATS
     return {
         "bpm": float(bpm) if found else None,
         "beat_confidence": float(confidence) if found and confidence is not None else None,
@@ -123,6 +129,17 @@ def _weighted_median(values: Sequence[float | None], weights: Sequence[float]) -
     return known[int(np.searchsorted(reached, reached[-1] / 2))][0]
 
 
+def _contradiction(row: Mapping[str, Any], duration_s: float | None) -> str | None:
+    beats = row["beats"]
+    if len(beats) != row["beats_count"]:
+        return f"{row['beats_count']} beats are said to be {len(beats)}"
+    if any(right < left for left, right in pairwise(beats)):
+        return "its beats are not in order"
+    if beats and duration_s is not None and beats[-1] > duration_s + _FRAME_S:
+        return f"a beat at {beats[-1]:.2f} s is behind the end of the audio, {duration_s:.2f} s"
+    return None
+
+
 def _picture(row: Row) -> str | None:
     """Draw the tempo over time, from beat to beat."""
     steps = [(left, right) for left, right in pairwise(row["beats"]) if right > left]
@@ -140,15 +157,23 @@ FEATURE_SET = FeatureSet(
         "takes the median tempo, weighted by duration; beats near a block's edge may be missed."
     ),
     columns=(
-        Column("bpm", "DOUBLE", "Tempo, 40 to 208; NULL where there is no beat", "1/min"),
+        Column(
+            "bpm",
+            "DOUBLE",
+            "Tempo, 35 to 213; NULL where fewer than four beats are found or they are no tempo",
+            "1/min",
+            *_TEMPI,
+        ),
         Column(
             "beat_confidence",
             "DOUBLE",
             "Agreement of five beat trackers, -0.25 to 5: under 1 very low, over 3.5 excellent",
+            low=-1.0,
+            high=6.0,
         ),
-        Column("beats_count", "INTEGER", "Number of beats, ≥ 0"),
-        Column("beats", "DOUBLE[]", "Times of the beats from the file's start", "s"),
-        Column("onset_rate", "DOUBLE", "Onsets per second, ≥ 0", "1/s"),
+        Column("beats_count", "INTEGER", "Number of beats, ≥ 0", low=0),
+        Column("beats", "DOUBLE[]", "Times of the beats from the file's start", "s", low=0),
+        Column("onset_rate", "DOUBLE", "Onsets per second, ≥ 0", "1/s", low=0, high=100),
     ),
     licence="AGPL-3.0 (Essentia), BSD-3-Clause (SciPy), ISC (librosa)",
     citation=(
@@ -162,7 +187,9 @@ FEATURE_SET = FeatureSet(
     extract_alternative=_extract_alternative,
     combine=_combine,
     picture=_picture,
+    contradiction=_contradiction,
     headline="bpm",
     plotted=("bpm", "beat_confidence", "onset_rate"),
     position=80,
+    code_version="2",
 )

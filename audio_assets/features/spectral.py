@@ -104,12 +104,25 @@ def _contrast(magnitudes: Samples) -> Frames:
     return np.array(contrast)
 
 
+_RANGES = {
+    "centroid": (0, SAMPLE_RATE / 2),
+    "rolloff": (0, SAMPLE_RATE / 2),
+    "flatness": (-60, 0),
+    "zero_crossing_rate": (0, 1),
+    "contrast": (-1, 0),
+}
+"""Ranges of the means."""
+
+
 def _row(frames: Frames) -> Row:
     means, stds = frames.mean(axis=0), frames.std(axis=0)
     row: Row = {}
     for i, name in enumerate(_SCALARS):
         row[f"{name}_mean"], row[f"{name}_std"] = float(means[i]), float(stds[i])
     row["contrast_mean"], row["contrast_std"] = mean_and_std(frames[:, len(_SCALARS) :])
+    lowest, highest = _RANGES["contrast"]
+    if any(not lowest <= mean <= highest for mean in row["contrast_mean"] or ()):
+        row["contrast_mean"] = row["contrast_std"] = None
     return row
 
 
@@ -132,7 +145,8 @@ def _columns() -> tuple[Column, ...]:
         ),
         "zero_crossing_rate": ("Share of samples at which the sign changes, 0 to 1", None),
         "contrast": (
-            "Shape-based spectral contrast of six bands from 20 Hz to 11 kHz, -1 (flat) to 0",
+            "Shape-based spectral contrast of six bands from 20 Hz to 11 kHz, -1 (flat) to 0; NULL "
+            "where samples far above full scale take it out of that",
             None,
         ),
     }
@@ -142,6 +156,7 @@ def _columns() -> tuple[Column, ...]:
             "FLOAT[6]" if name == "contrast" else "DOUBLE",
             f"{description}; {statistic} over frames",
             unit,
+            *(_RANGES.get(name, (0, None)) if short == "mean" else (0, None)),
         )
         for name, (description, unit) in described.items()
         for short, statistic in (("mean", "mean"), ("std", "standard deviation"))

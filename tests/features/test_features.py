@@ -3,23 +3,34 @@
 import contextlib
 import itertools
 import math
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import av
 import av.filter
 import essentia.standard as es
 import numpy as np
 import pytest
+import soundfile
 from dagster._core.definitions.utils import DISALLOWED_NAMES
 from scipy.signal import resample
 
+from audio_assets.audio.decode import decode
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.defs.checks import published_tables
 from audio_assets.defs.robustness_tables import robustness_tables
 from audio_assets.extraction.recovery import DECODE, IDENTIFY
 from audio_assets.extraction.worker import IDENTIFY_STAGES
 from audio_assets.features import BROKEN_FEATURE_SETS, FEATURE_SETS
-from audio_assets.features.base import RESERVED_NAMES, Column, FeatureSet, Row, check_row
+from audio_assets.features.base import (
+    RESERVED_NAMES,
+    Column,
+    FeatureSet,
+    ImplausibleValueError,
+    Row,
+    check_row,
+)
 from audio_assets.features.key import camelot
 from tests.features.conftest import MakeAudio
 
@@ -48,7 +59,7 @@ def assert_rhythm_is_essentias(audio: Audio) -> None:
     assert row["beats"] == beats.tolist()
     assert row["beats_count"] == len(beats)
     assert row["onset_rate"] == pytest.approx(onset_rate)
-    if len(beats):
+    if len(beats) >= 4 and 35 <= bpm <= 213:
         assert row["bpm"] == pytest.approx(bpm, rel=1e-5)
         assert row["beat_confidence"] == pytest.approx(confidence)
     else:
@@ -395,7 +406,7 @@ def hard_inputs() -> dict[str, Samples]:
 
 
 def assert_fits(feature_set: FeatureSet, row: Row) -> None:
-    check_row(feature_set, row)
+    check_row(feature_set, row, None)
     for column in feature_set.columns:
         value = row[column.name]
         assert value is None or type(value) in (int, float, str, list), column.name
@@ -527,3 +538,55 @@ def test_feature_set_with_columns_that_do_not_fit_is_refused() -> None:
         replace(rhythm, plotted=("beats",))
     with pytest.raises(ValueError, match="reads"):
         replace(rhythm, reads="nothing")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"bpm": 5168.0}, "bpm is 5168, which must be from 35 to 213"),
+        ({"bpm": float("nan")}, "bpm is nan"),
+        ({"beats": [0.5, float("inf")]}, "beats is inf"),
+        ({"beats": [0.5, 1.0, 31.0]}, "a beat at 31.00 s is behind the end of the audio"),
+        ({"beats": [1.0, 0.5, 2.0]}, "its beats are not in order"),
+        ({"beats_count": 9}, "9 beats are said to be 3"),
+    ],
+)
+def test_implausible_rows_are_refused(values: Row, said: str) -> None:
+    sound: Row = {
+        "bpm": 120.0,
+        "beat_confidence": 3.0,
+        "beats_count": 3,
+        "beats": [0.5, 1.0, 1.5],
+        "onset_rate": 2.0,
+    }
+    check_row(FEATURE_SETS["rhythm"], sound, 30.0)
+    sound["beats_count"] = len(values.get("beats", sound["beats"]))
+    with pytest.raises(ImplausibleValueError, match=re.escape(said)):
+        check_row(FEATURE_SETS["rhythm"], sound | values, 30.0)
+
+
+def test_ranges_hold_for_lists_and_maps() -> None:
+    musicnn, chroma = FEATURE_SETS["musicnn"], FEATURE_SETS["chroma"]
+    for feature_set, column, value in (
+        (musicnn, "msd_tags", {"rock": 1.5}),
+        (chroma, "mean", [-0.1] * 12),
+    ):
+        row = feature_set.empty_row | {column: value}
+        with pytest.raises(ImplausibleValueError, match=column):
+            check_row(feature_set, row, None)
+
+
+def test_channels_that_cancel_each_other_are_analysed(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, SAMPLE_RATE * 4)
+    for name, right in (("out", -0.9 * noise), ("in", 0.9 * noise)):
+        path = tmp_path / f"{name}.wav"
+        soundfile.write(path, np.stack([noise, right], axis=1), SAMPLE_RATE, subtype="FLOAT")
+        source = decode(path, tmp_path / "pcm.npy")
+        audio = Audio.open(tmp_path / "pcm.npy", path)
+        if name == "out":
+            assert source.louder_channel == 0
+            np.testing.assert_array_equal(audio.mono(), audio.pcm[:, 0])
+            np.testing.assert_array_equal(audio.block(1, 2).mono(), audio.pcm[44100:88200, 0])
+        else:
+            assert source.louder_channel is None
+            np.testing.assert_allclose(audio.mono(), 0.95 * noise, atol=1e-6)

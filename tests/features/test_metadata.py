@@ -83,13 +83,13 @@ def decoding(path: Path, decoder: DecoderName = "av") -> SourceInfo | ErrorInfo:
 
 def extract(path: Path, decoder: DecoderName = "av") -> Row:
     row = FEATURE_SET.extract(Audio.without_pcm(path, None, decoding(path, decoder)))
-    check_row(FEATURE_SET, row)
+    check_row(FEATURE_SET, row, None)
     return row
 
 
 def extract_alternative(path: Path) -> Row:
     row = FEATURE_SET.extract_alternative(Audio.without_pcm(path, None, decoding(path)))
-    check_row(FEATURE_SET, row)
+    check_row(FEATURE_SET, row, None)
     return row
 
 

@@ -108,7 +108,7 @@ def test_synthesized_music_keeps_its_values(extract: Extractor) -> None:
     """The values were computed when those of the recordings were right."""
     row = extract(audio(synthesized(7)))
 
-    check_row(FEATURE_SET, row)
+    check_row(FEATURE_SET, row, None)
     assert row["patches"] == 2
     assert len(row["msd_tags"]) == len(row["mtt_tags"]) == 50
     assert len(row["embedding"]) == 200
@@ -159,7 +159,7 @@ def test_patches_do_not_overlap_and_the_rest_is_left_out(frames: int, expected: 
 def test_a_recording_shorter_than_a_patch_has_tags(extract: Extractor, seconds: float) -> None:
     row = extract(audio(synthesized(seconds) + np.float32(0.01)))
 
-    check_row(FEATURE_SET, row)
+    check_row(FEATURE_SET, row, None)
     assert row["patches"] == 1
     assert np.isfinite(row["embedding"]).all()
     assert all(0 <= activation <= 1 for activation in activations(row))
@@ -176,7 +176,7 @@ def test_a_recording_just_shorter_than_a_patch_is_tagged_like_the_patch() -> Non
 def test_silence_has_no_tags(extract: Extractor, seconds: float) -> None:
     row = extract(audio(np.zeros((math.ceil(seconds * SAMPLE_RATE), 2), dtype=np.float32)))
 
-    check_row(FEATURE_SET, row)
+    check_row(FEATURE_SET, row, None)
     assert row.pop("patches") == 0
     assert set(row.values()) == {None}
 
@@ -215,7 +215,7 @@ def test_blocks_combine_by_their_patches() -> None:
     )
 
     expected = FEATURE_SET.extract(whole)
-    check_row(FEATURE_SET, row)
+    check_row(FEATURE_SET, row, None)
     assert row["patches"] == expected["patches"] == 4
     assert activations(row) == pytest.approx(activations(expected), abs=5e-3)
     assert row["embedding"] == pytest.approx(expected["embedding"], abs=5e-2)

@@ -83,7 +83,9 @@ def main() -> None:
         info = get_error_classifier().classify(error)
         if info.error_type is ErrorType.UNKNOWN:
             raise  # a defect: the traceback is what to report
-        console.print(info.reason, style="red", highlight=False)
+        of_database = getattr(error, "orig", None)  # without SQLAlchemy's statement
+        reason = f"A database failed: {of_database}" if of_database else info.reason
+        console.print(reason, style="red", highlight=False)
         console.print("`audio-assets doctor` says what to do.")
         sys.exit(1)
 

@@ -60,6 +60,14 @@ def test_damaged_roots_are_one_sentence(home: Home, content: str) -> None:
     assert f"{path} does not hold directories" in one_line(home, "analyze")
 
 
+def test_a_damaged_database_of_dagster_is_one_sentence(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "song.wav").touch()
+    (home.path / "history").mkdir()
+    (home.path / "history" / "runs.db").write_bytes(b"no database" * 1000)
+    said = one_line(home, "scan", str(tmp_path))
+    assert "A database failed: file is not a database" in said
+
+
 @pytest.mark.parametrize("command", [("quarantine", "list"), ("breakers", "list")])
 def test_a_state_that_cannot_be_read_is_not_called_empty(
     home: Home, command: tuple[str, ...]

@@ -1,5 +1,6 @@
 """Opening of media files: no other module calls `av.open`."""
 
+import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, cast
@@ -8,6 +9,24 @@ import av
 
 from audio_assets.audio.errors import CorruptFileError, UnsupportedFormatError
 from audio_assets.library.formats import HEAD_BYTES, format_of, is_text
+
+
+class _Source:
+    """A file for PyAV, which prints a traceback for each exception that it cannot pass on."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.read = file.read
+        self.tell = file.tell
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        """Return the new position, or FFmpeg's error for one that a damaged file made up."""
+        try:
+            return self._file.seek(offset, whence)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            return -errno.EINVAL
 
 
 @contextmanager
@@ -37,7 +56,7 @@ def open_container(
     try:
         # Without protocols, playlists cannot make FFmpeg open other files or addresses.
         container = av.open(
-            file,
+            _Source(file),
             mode="r",
             format=demuxer,
             metadata_errors="surrogateescape",

@@ -25,10 +25,10 @@ def main() -> None:
     if system == "fixed":
         _use_fixed_breakers()
         _fix_number_of_workers()
-    from audio_assets.cli import app as cli
+    from audio_assets.cli import app, runs
 
-    cli._show_results = lambda *_: 0  # it shows columns of all feature sets
-    cli.app(["analyze", library])
+    runs._show_results = lambda *_: 0  # it shows columns of all feature sets
+    app.app(["analyze", library])
 
 
 def _use_fixed_breakers() -> None:

@@ -14,8 +14,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
-from sqlalchemy import make_url
-from sqlalchemy.exc import ArgumentError
 
 Fraction = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(ge=0, le=1000)]
@@ -153,7 +151,10 @@ class RobustnessSettings(BaseSettings):
     @field_validator("state_url")
     @classmethod
     def _is_supported_url(cls, url: str | None) -> str | None:
-        if url is not None:
+        if url is not None and not url.startswith("sqlite:///"):
+            from sqlalchemy import make_url  # takes long; the default does without
+            from sqlalchemy.exc import ArgumentError
+
             try:
                 backend = make_url(url).get_backend_name()
             except ArgumentError:

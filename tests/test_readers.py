@@ -10,9 +10,9 @@ import duckdb
 import pytest
 
 from audio_assets.features import FEATURE_SETS
-from audio_assets.warehouse.queries import query
 from tests.conftest import Home
 from tests.test_kills import add_files, differences, publishing
+from tests.warehouse.rows import queried
 
 context = multiprocessing.get_context("spawn")
 
@@ -38,7 +38,7 @@ def hold(warehouse: Path, told: Connection) -> None:
 def ask(warehouse: Path, told: Connection) -> None:
     """Open, ask and close again and again."""
     while not told.poll(0.2):
-        told.send(query(warehouse, QUESTION).iloc[0].to_dict())
+        told.send(queried(warehouse, QUESTION).iloc[0].to_dict())
     told.recv()
 
 

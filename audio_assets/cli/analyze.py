@@ -1,23 +1,18 @@
 """`audio-assets analyze`: runs over batches of files, in this process."""
 
-import logging
 import signal
-import socket
-import threading
+import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from datetime import datetime, timedelta
+from threading import Event
 
 import dagster as dg
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn
 
 from audio_assets.definitions import defs
 from audio_assets.defs.jobs import all_features
@@ -29,13 +24,16 @@ from audio_assets.features import FEATURE_SETS
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
 
-POLL_S = 1.0
+POLL_S = 0.5
+
+LINE_S = 20.0
+"""Time between two lines of progress where there is no terminal (s)."""
 
 CELL_EVENTS = {
     dg.DagsterEventType.ASSET_MATERIALIZATION,
     dg.DagsterEventType.ASSET_OBSERVATION,
 }
-"""The events that end a cell."""
+"""The events that end a cell; an observation says that it failed."""
 
 NO_RETRIES = {"dagster/max_retries": "0"}
 """Dagster's daemon cannot retry a run that it did not launch."""
@@ -44,7 +42,7 @@ NO_RETRIES = {"dagster/max_retries": "0"}
 def run_batches(
     instance: dg.DagsterInstance, file_keys: Sequence[str], console: Console, *, force: bool
 ) -> None:
-    """Materialize every feature set of the files, in batches, with a progress bar.
+    """Materialize every feature set of the files, in batches, and show the progress.
 
     Parameters
     ----------
@@ -53,14 +51,14 @@ def run_batches(
     file_keys : sequence of str
         Registered files.
     console : rich.console.Console
-        Where the progress bar goes.
+        Where the progress is shown: a bar in a terminal, else lines.
     force : bool
         Compute finished and quarantined cells again.
 
     Raises
     ------
     KeyboardInterrupt
-        If the command was interrupted, after the current batch has ended.
+        If the command was interrupted, after the current run was canceled.
     """
     ranges = batches(
         file_keys, instance.get_dynamic_partitions(PARTITIONS), get_settings().batch_size
@@ -68,123 +66,42 @@ def run_batches(
     job = defs.resolve_job_def(all_features.name)
     tags = {FORCE_TAG: "true"} if force else {}
     landing = open_landing()
-    with _progress_bar(console) as progress, _interruption() as is_interrupted:
-        task = progress.add_task("", total=len(file_keys) * len(FEATURE_SETS), speed=0.0)
+
+    def execute(batch: Sequence[str], run_id: str, lock: RunLock) -> None:
+        job.execute_in_process(
+            instance=instance,
+            run_id=run_id,
+            raise_on_error=False,
+            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            tags=batch_tags(batch, ANALYZE) | NO_RETRIES | lock.tag | tags,
+        )
+
+    # Runs have a thread of their own: Dagster takes an interrupt of its thread for a failure.
+    with (
+        _Progress(console, files=len(file_keys)) as progress,
+        ThreadPoolExecutor(1) as thread,
+        _interruption() as interrupted,
+    ):
         for batch in ranges:
             run_id = str(uuid.uuid4())
             lock = RunLock(run_id)
-            with _following(instance, run_id, progress, task, is_interrupted):
-                job.execute_in_process(
-                    instance=instance,
-                    run_id=run_id,
-                    raise_on_error=False,
-                    run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
-                    tags=batch_tags(batch, ANALYZE) | NO_RETRIES | lock.tag | tags,
-                )
+            run = thread.submit(execute, batch, run_id, lock)
+            while not run.done():
+                wait([run], POLL_S)
+                if interrupted.is_set():
+                    _cancel(instance, run_id)
+                progress.follow(instance, run_id)
             lock.release()
-            interrupted = is_interrupted()
+            run.result()
             try:
                 record_run(instance, run_id, landing)
-                if not interrupted:
+                if not interrupted.is_set():
                     publish()  # between two batches it delays no worker
             except Exception as error:  # noqa: BLE001 - the next batch publishes it
                 console.print(f"not published: {error}", style="yellow")
-            if interrupted:
+            if interrupted.is_set():
                 raise KeyboardInterrupt
     record_ended_runs(instance, get_settings().warehouse, landing)
-
-
-@contextmanager
-def _interruption() -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether the process was interrupted.
-
-    After an interruption Dagster fails the run and continues, or, between two steps, ignores it.
-    Python writes each signal's number to the wakeup descriptor, whatever handles the signal.
-    """
-    receiver, sender = socket.socketpair()
-    with receiver, sender:
-        receiver.setblocking(False)
-        sender.setblocking(False)
-        before = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-        # SQLAlchemy logs a traceback if the closing of a connection is interrupted.
-        logging.getLogger("sqlalchemy.pool").addHandler(logging.NullHandler())
-
-        received: set[int] = set()
-
-        def is_interrupted() -> bool:
-            with suppress(BlockingIOError):
-                received.update(receiver.recv(4096))
-            return not received.isdisjoint({signal.SIGINT, signal.SIGTERM})
-
-        try:
-            yield is_interrupted
-        finally:
-            signal.set_wakeup_fd(before)
-
-
-def _progress_bar(console: Console) -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("cells · {task.fields[speed]:.1f}x real time ·"),
-        TimeRemainingColumn(),
-        TextColumn("left"),
-        console=console,
-    )
-
-
-@contextmanager
-def _following(
-    instance: dg.DagsterInstance,
-    run_id: str,
-    progress: Progress,
-    task: TaskID,
-    is_interrupted: Callable[[], bool],
-) -> Iterator[None]:
-    """Update the progress bar by a run's events while it is running; cancel an interrupted run.
-
-    An interruption is lost if it comes while Python collects garbage or imports a module.
-    """
-    ended = threading.Event()
-
-    def follow() -> None:
-        cursor = None
-        audio_s = 0.0
-        is_waiting = False
-        while True:
-            is_last = ended.wait(POLL_S)
-            try:
-                if is_interrupted():
-                    _cancel(instance, run_id)
-                connection = instance.get_records_for_run(run_id, cursor, of_type=CELL_EVENTS)
-            except Exception:  # noqa: BLE001 - Dagster's storage is away; the run itself says so
-                if is_last:
-                    return
-                continue
-            cursor = connection.cursor
-            audio_s += sum(map(_audio_seconds, connection.records))
-            elapsed = progress.tasks[task].elapsed or 1.0
-            ahead = runs_ahead(run_id)
-            if ahead and not is_waiting:
-                progress.console.print(f"Waits until {' and '.join(ahead)} has ended.")
-            is_waiting = bool(ahead)
-            progress.update(
-                task,
-                description="waiting" if ahead else "analysing",
-                advance=len(connection.records),
-                speed=audio_s / len(FEATURE_SETS) / elapsed,
-            )
-            if is_last and not connection.has_more:
-                return
-
-    follower = threading.Thread(target=follow, name="progress")
-    follower.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        follower.join()
 
 
 def _cancel(instance: dg.DagsterInstance, run_id: str) -> None:
@@ -193,7 +110,104 @@ def _cancel(instance: dg.DagsterInstance, run_id: str) -> None:
         instance.report_run_canceling(run)  # the running op notices it
 
 
-def _audio_seconds(record: dg.EventLogRecord) -> float:
-    event = record.asset_materialization
-    value = event.metadata.get("audio_s") if event else None
-    return value.value or 0.0 if isinstance(value, dg.FloatMetadataValue) else 0.0
+@contextmanager
+def _interruption() -> Iterator[Event]:
+    """Yield what is set by Ctrl-C, or a request to terminate, in place of an exception."""
+    interrupted = Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: interrupted.set()) for number in signals]
+    try:
+        yield interrupted
+    finally:
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
+
+
+class _Progress:
+    """The progress over all batches: a bar in a terminal, else a line from time to time."""
+
+    def __init__(self, console: Console, files: int) -> None:
+        self._console = console
+        self._files = files
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(20),
+            console=console,
+            disable=not console.is_terminal,
+            speed_estimate_period=600,
+        )
+        self._task = self._bar.add_task("", total=files * len(FEATURE_SETS))
+        self._run_id = ""
+        self._cursor: str | None = None
+        self._cells: Mapping[str, set[dg.AssetKey]] = defaultdict(set)
+        self._audio_s = 0.0
+        self._failures = 0
+        self._ahead: list[str] = []
+        self._printed = self._started = time.monotonic()
+
+    def __enter__(self) -> "_Progress":
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        if self._bar.disable:
+            self._print()
+
+    def follow(self, instance: dg.DagsterInstance, run_id: str) -> None:
+        """Count the cells that a run has ended since, and show the progress."""
+        if run_id != self._run_id:
+            self._run_id, self._cursor = run_id, None
+        try:
+            has_more = True
+            while has_more:
+                connection = instance.get_records_for_run(run_id, self._cursor, of_type=CELL_EVENTS)
+                self._cursor, has_more = connection.cursor, connection.has_more
+                for record in connection.records:
+                    self._count(record)
+        except Exception:  # noqa: BLE001 - Dagster's storage is away; the run itself says so
+            return
+        self._show(runs_ahead(run_id))
+
+    def _count(self, record: dg.EventLogRecord) -> None:
+        event = record.asset_materialization or record.asset_observation
+        if event is None or event.partition is None:
+            return
+        self._cells[event.partition].add(event.asset_key)
+        self._bar.advance(self._task)
+        self._failures += record.asset_materialization is None
+        audio = event.metadata.get("audio_s")
+        self._audio_s += (audio.value or 0.0) if isinstance(audio, dg.FloatMetadataValue) else 0.0
+
+    def _show(self, ahead: list[str]) -> None:
+        if ahead and not self._ahead:
+            self._console.print(f"Waits until {' and '.join(ahead)} has ended.")
+        self._ahead = ahead
+        self._bar.update(self._task, description=self._text())
+        if self._bar.disable and time.monotonic() - self._printed >= LINE_S and not ahead:
+            self._print()
+
+    def _print(self) -> None:
+        self._printed = time.monotonic()
+        self._console.print(self._text(), highlight=False)
+
+    def _text(self) -> str:
+        if self._ahead:
+            return "waiting"
+        [task] = self._bar.tasks
+        files = sum(len(cells) == len(FEATURE_SETS) for cells in self._cells.values())
+        speed = self._audio_s / len(FEATURE_SETS) / (time.monotonic() - self._started)
+        parts = [
+            f"{files}/{self._files} files",
+            f"{task.completed:.0f}/{task.total:.0f} cells",
+            f"{speed:.1f}x real time",
+            f"{self._failures} failed",
+        ]
+        if task.time_remaining:
+            end = datetime.now().astimezone() + timedelta(seconds=task.time_remaining)
+            parts.append(f"ends about {end:%H:%M}" + (f" on {end:%d %b}" if _is_later(end) else ""))
+        return " · ".join(parts)
+
+
+def _is_later(end: datetime) -> bool:
+    return end.date() != datetime.now().astimezone().date()

@@ -317,6 +317,22 @@ def try_home_and_landing() -> None:
     _try_landing()
 
 
+def check_state() -> None:
+    """Check that the state which all processes share can be read.
+
+    Raises
+    ------
+    CheckError
+        If it cannot.
+    """
+    from robustness.state import get_state_store
+
+    store = get_state_store()
+    store.query(lambda connection: None)
+    if store.degraded:
+        raise CheckError(f"the state store {store.url} cannot be read", "check that it is there")
+
+
 def _try_landing() -> Path | None:
     """Write to the landing, and return its directory if it is local."""
     import fsspec

@@ -69,7 +69,8 @@ def materialization(
     metadata[feature_set.headline] = _metadata_value(row[feature_set.headline])
     metadata["extractor"] = dg.MetadataValue.text(row["extractor"])
     metadata["status"] = dg.MetadataValue.text(outcome.status.value)
-    metadata["audio_s"] = dg.MetadataValue.float(outcome.audio_s)
+    if outcome.audio_s:  # a reused cell analysed nothing
+        metadata["audio_s"] = dg.MetadataValue.float(outcome.audio_s)
     metadata["attempts"] = dg.MetadataValue.int(outcome.attempts)
     if row["degraded"]:
         metadata["degraded"] = dg.MetadataValue.text(printable(row["degraded"]))

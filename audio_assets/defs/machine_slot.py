@@ -52,6 +52,9 @@ def machine_slot(
             if time.monotonic() - reminded > REMIND_S:
                 reminded = time.monotonic()
                 log.info(f"Waiting for {' and '.join(map(_description, earlier))}")
+            waiting = instance.get_run_by_id(run.run_id)
+            if waiting is not None and waiting.status is dg.DagsterRunStatus.CANCELING:
+                raise dg.DagsterExecutionInterruptedError
             time.sleep(POLL_S)
         yield
     finally:

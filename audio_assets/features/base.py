@@ -5,9 +5,10 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from audio_assets.audio.pcm import Audio
+if TYPE_CHECKING:
+    from audio_assets.audio.pcm import Audio
 
 Row = dict[str, Any]
 """One cell's values by column name: plain Python numbers, strings, lists, dicts, or None."""
@@ -143,8 +144,8 @@ class FeatureSet:
     columns: Sequence[Column]
     licence: str
     citation: str
-    extract: Callable[[Audio], Row]
-    extract_alternative: Callable[[Audio], Row]
+    extract: "Callable[[Audio], Row]"
+    extract_alternative: "Callable[[Audio], Row]"
     combine: Callable[[Sequence[Row], Sequence[float]], Row]
     picture: Callable[[Row], str | None] | None = None
     contradiction: Callable[[Mapping[str, Any], float | None], str | None] | None = None

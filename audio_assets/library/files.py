@@ -140,3 +140,12 @@ def content_hash(
             return hasher.hexdigest()
         hasher.update(block)
         number += 1
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

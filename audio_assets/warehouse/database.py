@@ -24,7 +24,7 @@ import duckdb
 from duckdb import DuckDBPyConnection
 from filelock import FileLock
 
-from audio_assets.warehouse.landing import fsync_folder
+from audio_assets.library.files import fsync_folder
 from audio_assets.warehouse.schema import literal, quoted
 
 

@@ -39,6 +39,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from audio_assets.features.base import Column
+from audio_assets.library.files import fsync_folder
 from audio_assets.library.text import masked
 from audio_assets.warehouse.schema import ROW_ID, Table, arrow_schema, quoted
 
@@ -664,12 +665,3 @@ def _make_durable_folder(folder: Path) -> None:
     _make_durable_folder(folder.parent)
     folder.mkdir(exist_ok=True)
     fsync_folder(folder.parent)
-
-
-def fsync_folder(folder: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import duckdb
-import pandas as pd
 from duckdb import DuckDBPyConnection
 
 from audio_assets.warehouse.database import reading
@@ -34,7 +34,23 @@ class QueryError(Exception):
     """A query failed; the message explains why to the user."""
 
 
-@dataclass
+@dataclass(frozen=True)
+class Result:
+    """What a query returned.
+
+    Parameters
+    ----------
+    columns : list of str
+        Names of the columns.
+    rows : list of tuple
+        The rows, as Python objects; times of day have a time zone.
+    """
+
+    columns: list[str]
+    rows: list[tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
 class Status:
     """Status of the present version of the database.
 
@@ -46,9 +62,9 @@ class Status:
         When it was published.
     files, gone : int
         Files in the library, and files that have left it.
-    runs : pandas.DataFrame
-        The latest runs, newest first, as in ``robustness.runs``.
-    missing : pandas.DataFrame
+    runs : Result
+        The latest runs, newest first: figures of ``robustness.runs``.
+    missing : Result
         Number of files with missing cells by reason, most first, and the feature_sets.
     """
 
@@ -56,11 +72,11 @@ class Status:
     published_at: datetime
     files: int
     gone: int
-    runs: pd.DataFrame
-    missing: pd.DataFrame
+    runs: Result
+    missing: Result
 
 
-def query(warehouse_path: Path, sql: str) -> pd.DataFrame:
+def query(warehouse_path: Path, sql: str) -> Result:
     """Run a query on the database, without blocking publication.
 
     It reaches the tables of the database and what it makes in memory: no other file, no network,
@@ -82,7 +98,7 @@ def query(warehouse_path: Path, sql: str) -> pd.DataFrame:
         connection.execute(_SANDBOX)
         if not connection.extract_statements(sql):
             raise QueryError("There is no SQL to run.")
-        return connection.execute(sql).df()
+        return _result(connection, sql)
 
 
 def status(warehouse_path: Path, runs: int = 5) -> Status:
@@ -114,15 +130,25 @@ def status(warehouse_path: Path, runs: int = 5) -> Status:
             published_at=published_at,
             files=files,
             gone=gone,
-            runs=connection.execute(
-                "SELECT * FROM robustness.runs ORDER BY started_at DESC LIMIT ?", [runs]
-            ).df(),
-            missing=connection.execute(
+            runs=_result(
+                connection,
+                "SELECT started_at AS started, status, files, cells_done AS done, "
+                "cells_reused AS reused, cells_failed AS failed, "
+                "cells_quarantined AS quarantined, cells_skipped AS skipped, success_rate, "
+                f"retries FROM robustness.runs ORDER BY started_at DESC LIMIT {runs:d}",
+            ),
+            missing=_result(
+                connection,
                 "SELECT reason, count(DISTINCT file_key) AS files, "
                 "string_agg(DISTINCT feature_set, ', ' ORDER BY feature_set) AS feature_sets "
-                "FROM features.missing GROUP BY reason ORDER BY files DESC, reason"
-            ).df(),
+                "FROM features.missing GROUP BY reason ORDER BY files DESC, reason",
+            ),
         )
+
+
+def _result(connection: DuckDBPyConnection, sql: str) -> Result:
+    connection.execute(sql)
+    return Result([column[0] for column in connection.description or ()], connection.fetchall())
 
 
 @contextmanager

@@ -3,11 +3,14 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import duckdb
-import pyarrow as pa
 
 from audio_assets.features.base import COMMON_COLUMNS, Column, FeatureSet
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 ROW_ID = "row_id"
 """Column of every row in the landing: a UUID that is greater than those of all earlier rows."""
@@ -68,7 +71,7 @@ def literal(text: str) -> str:
 
 
 @cache
-def arrow_schema(columns: tuple[Column, ...]) -> pa.Schema:
+def arrow_schema(columns: tuple[Column, ...]) -> "pa.Schema":
     """Return the Arrow schema of columns, with the Arrow types that DuckDB converts theirs to.
 
     Parameters

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from audio_assets.cli.app import console
+from audio_assets.cli.printing import console
 from audio_assets.library.text import csv_text, masked, printable
 from tests.conftest import PROJECT, Home, write_tone
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import duckdb
 
-from audio_assets.warehouse.queries import query
-from tests.warehouse.rows import attempt, file, landing_of, mfcc, publisher_of, rhythm
+from tests.warehouse.rows import attempt, file, landing_of, mfcc, publisher_of, queried, rhythm
 
 CONSISTENT = """
 SELECT
@@ -51,7 +50,7 @@ def publish(root: Path, reported: Connection) -> None:
 def ask(root: Path, reported: Connection) -> None:
     """Open, query and close the database again and again, reporting each answer."""
     while True:
-        reported.send(query(root / "warehouse.duckdb", CONSISTENT).iloc[0].to_dict())
+        reported.send(queried(root / "warehouse.duckdb", CONSISTENT).iloc[0].to_dict())
 
 
 def hold(root: Path, reported: Connection) -> None:

@@ -7,12 +7,14 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from audio_assets.features.base import Column, FeatureSet
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.publisher import Publisher
+from audio_assets.warehouse.queries import query
 from audio_assets.warehouse.schema import ROW_ID, warehouse_tables
 
 START = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -53,6 +55,12 @@ MFCC = feature_set(
     [Column("mean", "FLOAT[3]", "Mean"), Column("tags", "MAP(VARCHAR, FLOAT)", "Tags")],
 )
 SETS = (RHYTHM, MFCC)
+
+
+def queried(warehouse: Path, sql: str) -> pd.DataFrame:
+    """Run a query as `audio-assets query` does."""
+    result = query(warehouse, sql)
+    return pd.DataFrame(result.rows, columns=result.columns)
 
 
 def landing_of(root: Path, feature_sets: Sequence[FeatureSet] = SETS) -> Landing:

@@ -13,7 +13,6 @@ from audio_assets.extraction.scratch import Scratch
 from audio_assets.library.scan import Library
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.publisher import Publisher
-from audio_assets.warehouse.queries import query
 from audio_assets.warehouse.schema import warehouse_tables
 from robustness.circuit_breaker import get_circuit_breaker
 from robustness.quarantine import Quarantine
@@ -23,6 +22,7 @@ from robustness.worker_pool import WorkerPool
 from tests import faults
 from tests.conftest import write_tone
 from tests.extraction.test_engine import learn_short_timeout
+from tests.warehouse.rows import queried
 
 HANGING = faults.feature_set("hanging", faults.hang)
 CRASHING = faults.feature_set("crashing", faults.segfault)
@@ -66,7 +66,7 @@ def faulty(tmp_path: Path, own_state: None) -> tuple[Path, Outcomes]:
 
 
 def rows(warehouse: Path, sql: str) -> list[dict[str, Any]]:
-    return query(warehouse, sql).to_dict("records")
+    return queried(warehouse, sql).to_dict("records")
 
 
 def test_tables_count_what_was_injected(faulty: tuple[Path, Outcomes]) -> None:

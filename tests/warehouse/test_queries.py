@@ -9,7 +9,16 @@ import pytest
 
 from audio_assets.features import FEATURE_SETS
 from audio_assets.warehouse.queries import QueryError, query, status
-from tests.warehouse.rows import START, attempt, file, landing_of, made_up, publisher_of, rhythm
+from tests.warehouse.rows import (
+    START,
+    attempt,
+    file,
+    landing_of,
+    made_up,
+    publisher_of,
+    queried,
+    rhythm,
+)
 
 QUERIES = Path(__file__).parents[2] / "examples" / "queries"
 SETS = tuple(FEATURE_SETS.values())
@@ -76,7 +85,7 @@ def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def example(warehouse: Path, name: str) -> pd.DataFrame:
-    return query(warehouse, (QUERIES / f"{name}.sql").read_text())
+    return queried(warehouse, (QUERIES / f"{name}.sql").read_text())
 
 
 def test_tracks_to_mix(warehouse: Path) -> None:
@@ -129,7 +138,7 @@ def test_every_example_is_tested() -> None:
 
 
 def test_tracks_show_the_headline_of_each_feature_set(warehouse: Path) -> None:
-    tracks = query(warehouse, "FROM features.tracks")
+    tracks = queried(warehouse, "FROM features.tracks")
     assert len(tracks) == TRACKS + 1
     shown = {"title", "artist", "duration_s", "bpm", "integrated_lufs", "top_tag", "mfcc_mean"}
     assert shown <= set(tracks)
@@ -138,9 +147,10 @@ def test_tracks_show_the_headline_of_each_feature_set(warehouse: Path) -> None:
 def test_status(warehouse: Path) -> None:
     now = status(warehouse)
     assert (now.version, now.files, now.gone) == (1, TRACKS + 1, 0)
-    assert list(now.runs["run_id"]) == ["night 2", "night 1"]
-    assert list(now.missing["files"]) == [1, 1]
-    assert sum(len(names.split(", ")) for names in now.missing["feature_sets"]) == len(SETS)
+    assert [row[0] for row in now.runs.rows] == [START + timedelta(days=1), START]
+    assert now.missing.columns == ["reason", "files", "feature_sets"]
+    assert [files for _, files, _ in now.missing.rows] == [1, 1]
+    assert sum(len(names.split(", ")) for *_, names in now.missing.rows) == len(SETS)
 
 
 def test_errors_are_plain(warehouse: Path, tmp_path: Path) -> None:
@@ -160,7 +170,7 @@ def test_the_present_version_is_asked_even_where_an_older_one_is_open(tmp_path: 
     with duckdb.connect(str(path), read_only=True):
         landing.append("features/rhythm", [rhythm("b")])
         publisher.publish()
-        assert len(query(path, "FROM features.rhythm")) == 2
+        assert len(query(path, "FROM features.rhythm").rows) == 2
 
 
 DENIED = [
@@ -211,7 +221,7 @@ def test_a_query_reaches_nothing_but_the_database_and_cannot_write_to_it(
 
 def test_a_query_may_use_memory(warehouse: Path) -> None:
     sql = "CREATE TABLE memory.t AS FROM features.rhythm; SELECT count(*) AS n FROM memory.t"
-    assert query(warehouse, sql)["n"][0] == TRACKS
+    assert query(warehouse, sql).rows == [(TRACKS,)]
 
 
 def test_a_damaged_database_is_named_with_its_remedy(warehouse: Path, tmp_path: Path) -> None:

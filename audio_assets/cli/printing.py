@@ -1,0 +1,202 @@
+"""The one place that prints: text from files is shown as it is, and tables fit where they go.
+
+A terminal gets a table, or one record per block where a table would cut words. Anything else gets
+aligned columns of any width, CSV or JSON.
+"""
+
+import csv
+import io
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Column, Table
+from rich.text import Text
+
+from audio_assets.library.text import csv_text, masked, printable
+
+AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: a list of objects.")]
+
+Rows = Sequence[Sequence[object]]
+
+_GAP = "  "
+
+
+class _Console(Console):
+    """Shows every string as it is: what it prints may come from a file."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(masked(printable(text)), **options)
+
+
+class _LogFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(printable(super().format(record)))
+
+
+console = _Console(markup=False, emoji=False, soft_wrap=True)
+"""Leaves it to the terminal to break lines."""
+
+
+def set_up_output() -> None:
+    """Print any character, whatever the locale lacks, and log as `console` prints."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    if logging.lastResort:
+        logging.lastResort.setFormatter(_LogFormatter())
+
+
+def print_table(
+    columns: Sequence[str],
+    rows: Rows,
+    title: str | None = None,
+    *,
+    as_csv: bool = False,
+    as_json: bool = False,
+    raw: bool = False,
+) -> None:
+    """Print a table to a terminal, as aligned columns elsewhere, or as CSV or JSON.
+
+    Parameters
+    ----------
+    columns : sequence of str
+        Names of the columns.
+    rows : sequence of sequence
+        A value per column: a number, text, time, list, dict or None.
+    title : str, optional
+        Shown above a table.
+    as_csv, as_json : bool
+        Print that instead.
+    raw : bool
+        In CSV, leave control characters and formulas of spreadsheets as they are.
+    """
+    if as_json:
+        print_json(records(columns, rows))
+    elif as_csv:
+        _print_csv(columns, rows, raw=raw)
+    else:
+        cells = [[_cell(value) for value in row] for row in rows]
+        if not console.is_terminal:
+            _print_aligned(columns, cells, title)
+        else:
+            heads = (Column(Text(_one_line(name)), overflow="fold") for name in columns)
+            table = Table(*heads, title=title, title_justify="left", box=SIMPLE_HEAD)
+            for row in cells:
+                table.add_row(*map(Text, row))
+            needed = Measurement.get(console, console.options.update(max_width=10**6), table)
+            if needed.minimum <= console.width:
+                console.print(table, soft_wrap=False)
+            else:
+                _print_records(columns, cells, title)
+
+
+def records(columns: Sequence[str], rows: Rows) -> list[dict[str, object]]:
+    """Return the rows of a table as dicts."""
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def print_json(value: object) -> None:
+    """Print a value as JSON, in ASCII, so that a terminal obeys nothing in it."""
+    sys.stdout.write(json.dumps(_plain(value), indent=2) + "\n")
+
+
+def shown(value: float) -> str:
+    """Return a number with four significant digits, or all digits before the point."""
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
+
+
+def shown_time(time: datetime) -> str:
+    """Return a time in the local time zone, with its name."""
+    return time.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
+
+
+def _print_aligned(columns: Sequence[str], cells: list[list[str]], title: str | None) -> None:
+    lines = [[_one_line(name) for name in columns], *cells]
+    widths = [max(map(cell_len, column)) for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * width for width in widths])
+    if title:
+        print(f"\n{title}")
+    for line in lines:
+        padded = (
+            text + " " * (width - cell_len(text)) for text, width in zip(line, widths, strict=True)
+        )
+        print(_GAP.join(padded).rstrip())
+
+
+def _print_records(columns: Sequence[str], cells: list[list[str]], title: str | None) -> None:
+    if title:
+        console.print(f"\n{title}", style="italic")
+    for number, row in enumerate(cells, 1):
+        record = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
+        for name, value in zip(columns, row, strict=True):
+            record.add_row(Text(_one_line(name), "bold"), Text(value))
+        console.print(f"-- {number} " + "-" * 20, style="dim")
+        console.print(record, soft_wrap=False)
+
+
+def _cell(value: object) -> str:
+    return _one_line(_text(value))
+
+
+def _one_line(text: str) -> str:
+    return masked(printable(text)).replace("\n", "\\n").replace("\t", "\\t")
+
+
+def _text(value: object) -> str:
+    match value:
+        case None:
+            return ""
+        case bool():
+            return str(value).lower()
+        case float() | Decimal():
+            return shown(float(value))
+        case datetime() if value.tzinfo:
+            return shown_time(value)
+        case list() | tuple():
+            return f"[{', '.join(map(_text, value))}]"
+        case dict():
+            return f"{{{', '.join(f'{_text(k)}: {_text(v)}' for k, v in value.items())}}}"
+        case _:
+            return str(value)
+
+
+def _print_csv(columns: Iterable[str], rows: Rows, *, raw: bool) -> None:
+    def field(value: object) -> object:
+        plain = _plain(value)
+        if isinstance(plain, list | dict):
+            return json.dumps(plain)
+        return csv_text(plain) if isinstance(plain, str) and not raw else plain
+
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(map(field, columns))
+    writer.writerows(map(field, row) for row in rows)
+
+
+def _plain(value: object) -> object:
+    """Return a value that JSON has: times as ISO 8601 in the local time zone, NaN as null."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case Decimal():
+            return float(value)
+        case datetime():
+            return (value.astimezone() if value.tzinfo else value).isoformat()
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case _:
+            return str(value)

@@ -1,0 +1,126 @@
+"""The commands that read and publish the results."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from audio_assets.cli.breakers import COLUMNS as BREAKER_COLUMNS
+from audio_assets.cli.breakers import breaker_rows
+from audio_assets.cli.endings import ExitCode, UserError
+from audio_assets.cli.printing import (
+    AsCsv,
+    AsJson,
+    console,
+    print_json,
+    print_table,
+    records,
+    shown_time,
+)
+
+
+def query(
+    sql: Annotated[
+        str | None,
+        typer.Argument(help="SQL, of one or more statements.", show_default=False),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="Read the SQL from a file.", exists=True, dir_okay=False),
+    ] = None,
+    as_csv: AsCsv = False,
+    as_json: AsJson = False,
+    raw: Annotated[
+        bool,
+        typer.Option(
+            "--raw",
+            help="In CSV, leave control characters and formulas of spreadsheets as they are.",
+        ),
+    ] = False,
+) -> None:
+    """Query the results, also during runs and publishing.
+
+    It reads the database's tables. It cannot write, open other files, connect or load extensions.
+    """
+    from audio_assets.settings import get_settings
+    from audio_assets.warehouse.queries import QueryError, query
+
+    if (sql is None) == (file is None):
+        raise UserError('Give either SQL, as in: query "FROM features.tracks", or --file.')
+    try:
+        question = sql if file is None else file.read_text("utf-8")
+        result = query(get_settings().warehouse, question or "")
+    except (QueryError, UnicodeDecodeError) as error:
+        raise UserError(str(error)) from None
+    print_table(result.columns, result.rows, as_csv=as_csv, as_json=as_json, raw=raw)
+
+
+def status(
+    as_csv: Annotated[
+        bool,
+        typer.Option("--csv", help="Print CSV: the tables one after another, an empty line apart."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: an object with a list for each table.")
+    ] = False,
+) -> None:
+    """Show the latest runs, open breakers, the quarantine and missing cells."""
+    from audio_assets.settings import get_settings
+    from audio_assets.warehouse.queries import QueryError, status
+    from robustness.circuit_breaker import all_circuit_breakers
+    from robustness.quarantine import Quarantine
+
+    try:
+        now = status(get_settings().warehouse)
+    except QueryError as error:
+        raise UserError(str(error), ExitCode.FAILED) from None
+    # Breakers and the quarantine as they are now, not as published.
+    breakers = [
+        breaker
+        for breaker in all_circuit_breakers().values()
+        if breaker.get_state() != "CLOSED" or breaker.get_stats()["forced"]
+    ]
+    cells = Counter((cell.feature_set, cell.error_type) for cell in Quarantine().list())
+    quarantined = [(*names, number) for names, number in sorted(cells.items())]
+    tables = {
+        "Latest runs": (now.runs.columns, now.runs.rows),
+        "Breakers open or set by hand": (BREAKER_COLUMNS, breaker_rows(breakers)),
+        "Quarantine": (("feature_set", "error_type", "cells"), quarantined),
+        "Missing cells": (now.missing.columns, now.missing.rows),
+    }
+    if as_json:
+        head = {
+            "version": now.version,
+            "published_at": now.published_at,
+            "files": now.files,
+            "gone": now.gone,
+        }
+        names = ("runs", "breakers", "quarantine", "missing")
+        lists = (records(*table) for table in tables.values())
+        print_json(head | dict(zip(names, lists, strict=True)))
+        return
+    if not as_csv:
+        console.print(
+            f"Version {now.version} of {shown_time(now.published_at)}: "
+            f"{now.files} files, {now.gone} gone",
+            highlight=False,
+        )
+    for number, (title, (columns, rows)) in enumerate(tables.items()):
+        if as_csv and number:
+            console.print()
+        if rows or as_csv:
+            print_table(columns, rows, title, as_csv=as_csv)
+
+
+def publish(
+    rebuild: Annotated[
+        bool, typer.Option("--rebuild", help="Make the database anew from the landing.")
+    ] = False,
+) -> None:
+    """Publish the results of runs to the database; one that was changed or damaged is made anew."""
+    from audio_assets.warehouse import publish
+
+    result = publish(rebuild=rebuild)
+    news = f"{sum(result.rows.values())} rows" if result.published else "nothing new"
+    console.print(f"Version {result.version}: {news}, in {result.seconds:.1f} s.")

@@ -1,0 +1,195 @@
+"""The command line: what starts fast, how tables fit, how commands end."""
+
+import csv
+import fcntl
+import io
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from audio_assets.cli.app import app
+from audio_assets.cli.endings import EXIT_CODES, ExitCode
+from audio_assets.cli.printing import shown
+from tests.conftest import PROJECT, Home
+
+HEAVY = {"dagster", "pandas", "numpy", "pyarrow", "librosa", "essentia", "scipy", "alembic"}
+NAME = "database_operations_of_a_service_with_a_long_name"
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Home:
+    """A home with a database that has nothing in it, and a breaker."""
+    from tests.conftest import make_home
+
+    home = make_home(tmp_path_factory.mktemp("published"))
+    assert home.cli("publish").returncode == 0
+    script = (
+        "from robustness.circuit_breaker import get_circuit_breaker\n"
+        f"get_circuit_breaker({NAME!r}).force_open()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], env=home.environment(), cwd=PROJECT, check=True)
+    return home
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "too_heavy"),
+    [
+        (["--help"], 0, {"duckdb", "sqlalchemy", "pydantic_settings"}),
+        (["--version"], 0, {"duckdb", "sqlalchemy", "pydantic_settings"}),
+        (["query", "--help"], 0, {"duckdb", "sqlalchemy", "pydantic_settings"}),
+        (["query", "--nonsense"], 2, {"duckdb", "sqlalchemy", "pydantic_settings"}),
+        (["scan", "/nowhere"], 2, {"duckdb", "sqlalchemy"}),
+        (["query", "FROM features.tracks"], 0, {"sqlalchemy"}),
+        (["status"], 0, set()),
+    ],
+)
+def test_a_command_imports_only_what_it_needs(
+    published: Home, arguments: list[str], code: int, too_heavy: set[str]
+) -> None:
+    script = (
+        "import atexit, sys\n"
+        "from audio_assets.cli.app import main\n"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        "main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *arguments],
+        env=published.environment(),
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    assert not (HEAVY | too_heavy) & set(done.stderr.split())
+
+
+def in_terminal(home: Home, width: int, *arguments: str) -> str:
+    """Return what a command prints to a terminal of some width."""
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, width, 0, 0))
+    environment: Mapping[str, str] = home.environment({"TERM": "xterm", "NO_COLOR": "1"})
+    with subprocess.Popen(
+        [sys.executable, "-m", "audio_assets", *arguments],
+        env={name: value for name, value in environment.items() if name != "COLUMNS"},
+        cwd=PROJECT,
+        stdin=side,
+        stdout=side,
+        stderr=side,
+    ):
+        os.close(side)
+        printed = b""
+        try:
+            while chunk := os.read(main, 4096):
+                printed += chunk
+        except OSError:  # the terminal's other end is closed
+            pass
+    os.close(main)
+    return printed.decode()
+
+
+def test_a_table_that_cuts_no_word_is_a_table(published: Home) -> None:
+    lines = in_terminal(published, 80, "query", "SELECT 1 AS one, 'two words' AS two").splitlines()
+    assert any("one" in line and "two" in line for line in lines)
+
+
+def test_a_table_too_wide_for_the_terminal_becomes_records(published: Home) -> None:
+    sql = f"SELECT {', '.join(f'{n} AS integrated_lufs_{n}' for n in range(9))}"
+    lines = in_terminal(published, 80, "query", sql).splitlines()
+    assert all(any(f"integrated_lufs_{n}" in line for line in lines) for n in range(9))
+    assert max(map(len, lines)) <= 80
+
+
+def test_elsewhere_every_name_is_whole(published: Home) -> None:
+    printed = published.cli("breakers", "list").stdout
+    assert NAME in printed
+    assert published.cli("breakers", "disable", NAME).returncode == 0
+    assert all(line == line.rstrip() for line in printed.splitlines())
+
+
+def test_every_table_is_also_csv_and_json(published: Home) -> None:
+    for command in (("breakers", "list"), ("quarantine", "list"), ("query", "SELECT 1 AS n")):
+        rows = list(csv.DictReader(io.StringIO(published.cli(*command, "--csv").stdout)))
+        objects = json.loads(published.cli(*command, "--json").stdout)
+        assert [list(row) for row in rows] == [list(row) for row in objects]
+    state = json.loads(published.cli("status", "--json").stdout)
+    assert datetime.fromisoformat(state["published_at"]).tzinfo
+    assert [breaker["breaker"] for breaker in state["breakers"]] == [NAME]
+    assert NAME in published.cli("status", "--csv").stdout
+
+
+def test_times_are_local_and_numbers_have_four_digits(published: Home) -> None:
+    home = Home(published.path, {"TZ": "Europe/Berlin"})
+    sql = "SELECT TIMESTAMPTZ '2026-03-01 12:00:00+00' AS at, 1.23456789::DOUBLE AS x, NULL AS y"
+    printed = home.cli("query", sql).stdout
+    assert "2026-03-01 13:00:00 CET" in printed
+    assert "1.235" in printed
+    [row] = json.loads(home.cli("query", "--json", sql).stdout)
+    assert datetime.fromisoformat(row.pop("at")) == datetime(2026, 3, 1, 12, tzinfo=UTC)
+    assert row == {"x": 1.23456789, "y": None}
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0.000123456, "0.0001235"), (-14.0, "-14"), (12345.6, "12346"), (1e20, "1e+20"), (0.0, "0")],
+)
+def test_numbers(value: float, text: str) -> None:
+    assert shown(value) == text
+
+
+def test_version_and_exit_codes_are_told(home: Home) -> None:
+    assert home.cli("--version").stdout == f"audio-assets {version('audio-assets')}\n"
+    told = " ".join(home.cli("--help").stdout.replace("│", " ").split())
+    assert EXIT_CODES in told
+    document = (PROJECT / "docs" / "operating.md").read_text()
+    assert all(f"| {code.value} |" in document for code in ExitCode)
+    assert not (home.path / "robustness.db").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("breakers reset data", {NAME}),
+        ("quarantine release x --feature-set lo", {"loudness"}),
+        ("forget mu", {"music"}),
+    ],
+)
+def test_names_are_completed(
+    published: Home, tmp_path: Path, words: str, offered: set[str]
+) -> None:
+    (tmp_path / "music").mkdir()
+    environment = published.environment(
+        {
+            "_AUDIO_ASSETS_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"audio-assets {words}",
+            "COMP_CWORD": str(len(words.split())),
+            "AUDIO_LIBRARY": str(tmp_path / "music"),
+        }
+    )
+    done = subprocess.run(
+        [Path(sys.executable).with_name("audio-assets")],
+        env=environment,
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
+def test_every_command_prepares_the_home() -> None:
+    commands = [*app.registered_commands]
+    for group in app.registered_groups:
+        assert group.typer_instance is not None
+        commands += group.typer_instance.registered_commands
+    assert {command.cls.__name__ for command in commands if command.cls} == {"_Command"}

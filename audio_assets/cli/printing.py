@@ -23,7 +23,7 @@ from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
-from audio_assets.library.text import csv_text, masked, printable
+from audio_assets.library.text import csv_text, four_digits, masked, printable
 
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: a list of objects.")]
@@ -111,11 +111,6 @@ def print_json(value: object) -> None:
     sys.stdout.write(json.dumps(_plain(value), indent=2) + "\n")
 
 
-def shown(value: float) -> str:
-    """Return a number with four significant digits, or all digits before the point."""
-    return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
-
-
 def shown_time(time: datetime) -> str:
     """Return a time in the local time zone, with its name."""
     return time.astimezone().strftime("%Y-%m-%d %H:%M:%S %Z")
@@ -160,7 +155,7 @@ def _text(value: object) -> str:
         case bool():
             return str(value).lower()
         case float() | Decimal():
-            return shown(float(value))
+            return four_digits(float(value))
         case datetime() if value.tzinfo:
             return shown_time(value)
         case list() | tuple():

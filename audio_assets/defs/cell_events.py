@@ -10,7 +10,7 @@ import dagster as dg
 from audio_assets.extraction.cells import CellOutcome
 from audio_assets.features.base import FeatureSet, Row
 from audio_assets.features.pictures import markdown
-from audio_assets.library.text import plain_markdown, printable
+from audio_assets.library.text import four_digits, plain_markdown, printable
 from robustness.error_classifier import ErrorInfo, ErrorType
 
 FAILURES_NAMED = 5
@@ -61,16 +61,12 @@ def materialization(
     metadata: dict[str, dg.MetadataValue] = {}
     if svg := _picture(feature_set, row):
         metadata["picture"] = dg.MetadataValue.md(markdown(svg, feature_set.name))
-    metadata |= {
-        name: dg.MetadataValue.float(float(row[name]))
-        for name in feature_set.plotted
-        if row[name] is not None
-    }
+    metadata |= {name: _float(row[name]) for name in feature_set.plotted if row[name] is not None}
     metadata[feature_set.headline] = _metadata_value(row[feature_set.headline])
     metadata["extractor"] = dg.MetadataValue.text(row["extractor"])
     metadata["status"] = dg.MetadataValue.text(outcome.status.value)
     if outcome.audio_s:  # a reused cell analysed nothing
-        metadata["audio_s"] = dg.MetadataValue.float(outcome.audio_s)
+        metadata["audio_s"] = _float(outcome.audio_s)
     metadata["attempts"] = dg.MetadataValue.int(outcome.attempts)
     if row["degraded"]:
         metadata["degraded"] = dg.MetadataValue.text(printable(row["degraded"]))
@@ -98,9 +94,13 @@ def _metadata_value(value: object) -> dg.MetadataValue:
         case None:
             return dg.MetadataValue.null()
         case int() | float():
-            return dg.MetadataValue.float(float(value))
+            return _float(value)
         case _:
             return dg.MetadataValue.text(printable(str(value)))
+
+
+def _float(value: float) -> dg.MetadataValue:
+    return dg.MetadataValue.float(float(four_digits(value)))
 
 
 def observation(key: dg.AssetKey, outcome: CellOutcome) -> dg.AssetObservation:
@@ -139,7 +139,7 @@ def observation(key: dg.AssetKey, outcome: CellOutcome) -> dg.AssetObservation:
 def _shown(value: object) -> object:
     if isinstance(value, str):
         return printable(value)
-    return round(value, 2) if isinstance(value, float) else value
+    return float(four_digits(value)) if isinstance(value, float) else value
 
 
 def advice(error: ErrorInfo, file_key: str) -> str:
@@ -153,7 +153,10 @@ def advice(error: ErrorInfo, file_key: str) -> str:
         The file.
     """
     release = f"audio-assets quarantine release {shlex.quote(file_key)}"
-    again = f"To retry the file as it is: {release}, then materialize this partition."
+    again = (
+        f"To retry the file as it is: {release}, then materialize this partition; or launch the "
+        "job retry_failed for it, which does both."
+    )
     return f"{_ADVICE.get(error.error_type, '')} {again}".lstrip()
 
 

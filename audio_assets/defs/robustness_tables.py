@@ -8,6 +8,7 @@ import dagster as dg
 from duckdb import DuckDBPyConnection
 
 from audio_assets.defs.assets import column_schema
+from audio_assets.library.text import four_digits
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import publish
 from audio_assets.warehouse.database import reading
@@ -135,7 +136,10 @@ def robustness_tables(context: dg.AssetExecutionContext) -> Iterator[dg.Material
         runs, until = runs_to_report(connection, _reported_until(context.instance))
         run_ids = ", ".join(runs)
         context.log.info(f"Figures of the runs {run_ids or '(none yet)'}")
-        reported = {"run_ids": run_ids, "reported_until": until.timestamp() if until else None}
+        reported = {
+            "run_ids": run_ids,
+            "reported_until": until and dg.MetadataValue.timestamp(until),
+        }
         for table in FIGURES:
             yield dg.MaterializeResult(
                 asset_key=table_key(table),
@@ -146,7 +150,7 @@ def robustness_tables(context: dg.AssetExecutionContext) -> Iterator[dg.Material
 def _reported_until(instance: dg.DagsterInstance) -> datetime | None:
     """Return when the last run that was reported was recorded."""
     value = last_reported(instance, "reported_until")
-    if isinstance(value, dg.FloatMetadataValue) and value.value is not None:
+    if isinstance(value, dg.TimestampMetadataValue):
         return datetime.fromtimestamp(value.value, UTC)
     return None
 
@@ -181,7 +185,7 @@ def table_figures(connection: DuckDBPyConnection, table: Table, runs: list[str])
     names = [column[0] for column in cursor.description or ()]
     [values] = cursor.fetchall()
     figures = {
-        name: value if isinstance(value, int | str) else float(value)
+        name: value if isinstance(value, int | str) else float(four_digits(value))
         for name, value in zip(names, values, strict=True)
         if value is not None
     }

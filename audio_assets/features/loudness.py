@@ -287,7 +287,8 @@ def _picture(row: Row) -> str | None:
         "momentary max": row["momentary_max_lufs"],
         "true peak": row["true_peak_dbtp"],
     }
-    return bars(levels, " dB", low=_ABSOLUTE_GATE_LUFS)
+    units = {name: " dBTP" if name == "true peak" else " LUFS" for name in levels}
+    return bars(levels, units, low=_ABSOLUTE_GATE_LUFS)
 
 
 FEATURE_SET = FeatureSet(

@@ -63,15 +63,17 @@ def columns(values: Sequence[float] | None, labels: Sequence[str] = ()) -> str |
     return _svg(HEIGHT, f"<path fill='{_FILL}' d='{path}'/>{text}")
 
 
-def bars(values: Mapping[str, float | None], unit: str = "", *, low: float = 0.0) -> str | None:
+def bars(
+    values: Mapping[str, float | None], unit: str | Mapping[str, str] = "", *, low: float = 0.0
+) -> str | None:
     """Draw named values as bars from a common left edge, the largest over the whole width.
 
     Parameters
     ----------
     values : mapping of str to float or None
         The values by name, from top to bottom; what is None is left out.
-    unit : str, optional
-        Follows each number.
+    unit : str or mapping of str to str, optional
+        Follows each number: the same for all, or by name.
     low : float, optional
         Value of the left edge.
     """
@@ -82,12 +84,11 @@ def bars(values: Mapping[str, float | None], unit: str = "", *, low: float = 0.0
     scale = (WIDTH - _LABEL_WIDTH - _VALUE_WIDTH) / span
     path, text = "", ""
     for i, (name, value) in enumerate(known.items()):
+        shown = _number(value) + (unit if isinstance(unit, str) else unit[name])
         top, length = i * _LINE_HEIGHT, max((value - low) * scale, 0.0)
         path += f"M{_LABEL_WIDTH} {top + 3}h{_short(length)}v9H{_LABEL_WIDTH}"
         text += f"<tspan x='0' y='{top + 11}'>{escape(name)}</tspan>"
-        text += (
-            f"<tspan x='{_short(_LABEL_WIDTH + length + 4)}'>{_number(value)}{escape(unit)}</tspan>"
-        )
+        text += f"<tspan x='{_short(_LABEL_WIDTH + length + 4)}'>{escape(shown)}</tspan>"
     return _svg(len(known) * _LINE_HEIGHT, f"<path fill='{_FILL}' d='{path}'/><text>{text}</text>")
 
 

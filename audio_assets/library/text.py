@@ -1,4 +1,4 @@
-"""Untrusted text made safe to show: file names, tags and error messages can hold anything."""
+"""Text to show: file names, tags and error messages, which can hold anything, and numbers."""
 
 import re
 import unicodedata
@@ -42,6 +42,11 @@ def masked(text: str) -> str:
 def plain_markdown(text: str) -> str:
     """Return Markdown that shows a text as it is: no image, no HTML."""
     return _MARKDOWN.sub(r"\\\g<0>", printable(text))
+
+
+def four_digits(value: float) -> str:
+    """Return a number with four significant digits, or all those before the point."""
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
 def csv_text(text: str) -> str:

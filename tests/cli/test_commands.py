@@ -19,7 +19,7 @@ import pytest
 
 from audio_assets.cli.app import app
 from audio_assets.cli.endings import EXIT_CODES, ExitCode
-from audio_assets.cli.printing import shown
+from audio_assets.library.text import four_digits
 from tests.conftest import PROJECT, Home
 
 HEAVY = {"dagster", "pandas", "numpy", "pyarrow", "librosa", "essentia", "scipy", "alembic"}
@@ -144,7 +144,7 @@ def test_times_are_local_and_numbers_have_four_digits(published: Home) -> None:
     [(0.000123456, "0.0001235"), (-14.0, "-14"), (12345.6, "12346"), (1e20, "1e+20"), (0.0, "0")],
 )
 def test_numbers(value: float, text: str) -> None:
-    assert shown(value) == text
+    assert four_digits(value) == text
 
 
 def test_version_and_exit_codes_are_told(home: Home) -> None:

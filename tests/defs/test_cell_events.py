@@ -1,6 +1,7 @@
 """The Dagster events of cells."""
 
 import shlex
+from dataclasses import replace
 
 import dagster as dg
 import pytest
@@ -40,7 +41,7 @@ def test_failed_cell_has_reason_attempts_and_advice() -> None:
     assert isinstance(table, dg.TableMetadataValue)
     first, second = (record.data for record in table.records)
     assert first["recovery_strategy"] == "increase_timeout"
-    assert (second["timeout_s"], second["message"]) == (7.12, "![x](http://x)")
+    assert (second["timeout_s"], second["message"]) == (7.123, "![x](http://x)")
 
 
 def test_markup_in_a_message_is_shown_as_text() -> None:
@@ -61,6 +62,7 @@ def test_command_in_the_advice_quotes_the_file(error_type: ErrorType) -> None:
     assert isinstance(advice, str)
     command = advice[advice.index("audio-assets quarantine") :].split(", then")[0]
     assert shlex.split(command) == ["audio-assets", "quarantine", "release", FILE]
+    assert "the job retry_failed" in advice
 
 
 def test_failed_step_names_some_files() -> None:
@@ -86,6 +88,9 @@ def test_computed_cell_has_values_and_a_picture() -> None:
     event = materialization(KEY, FEATURE_SETS["musicnn"], done)
     assert event.metadata["top_tag"].value == "rock"
     assert event.metadata["patches"].value == 3
+    assert event.metadata["audio_s"].value == 9.0
+    reused = replace(done, status=CellStatus.REUSED, audio_s=0.0)
+    assert "audio_s" not in materialization(KEY, FEATURE_SETS["musicnn"], reused).metadata
     assert event.metadata["degraded"].value == "x"
     picture = event.metadata["picture"]
     assert isinstance(picture, dg.MarkdownMetadataValue)

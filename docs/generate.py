@@ -15,6 +15,7 @@ from audio_assets.defs.resources import ExtractionResource
 from audio_assets.extraction.recovery import DECODE, EXTRACT, next_recovery
 from audio_assets.features import FEATURE_SETS
 from audio_assets.settings import AudioAssetsSettings
+from audio_assets.warehouse.views import ACOUSTICBRAINZ, SPOTIFY
 from robustness.adaptive_timeout import BASE_TIMEOUTS
 from robustness.built_in_rules import BUILT_IN_RULES
 from robustness.circuit_breaker import get_circuit_breaker
@@ -226,6 +227,16 @@ def logging() -> str:
     )
 
 
+def services() -> str:
+    """Return what the columns under the names of other services are made of."""
+    rows = (
+        (f"`{view}.{c.name}`", f"`{c.feature_set}.{c.source}`", c.description or "", c.unit or "")
+        for view, columns in (("acousticbrainz", ACOUSTICBRAINZ), ("spotify", SPOTIFY))
+        for c in columns
+    )
+    return table(("column of `features`", "made of", "what", "unit"), *rows)
+
+
 def yes(value: bool) -> str:
     """Return a truth value in words."""
     return "yes" if value else "no"
@@ -242,6 +253,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "breakers": breakers,
     "base_timeouts": base_timeouts,
     "logging": logging,
+    "services": services,
 }
 
 if __name__ == "__main__":

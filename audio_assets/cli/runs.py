@@ -227,9 +227,8 @@ def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
     of_roots = "split_part(file_key, '/', 1) IN (SELECT unnest(?))"
     with reading(warehouse) as connection:
         tracks = connection.execute(
-            "SELECT file_key, bpm, key.key || ' ' || key.scale, integrated_lufs, danceability, "
-            "top_tag FROM features.tracks LEFT JOIN features.key USING (file_key) "
-            f"WHERE NOT gone AND {of_roots} ORDER BY file_key",
+            "SELECT file_key, bpm, key || ' ' || scale, integrated_lufs, danceability, top_tag "
+            f"FROM features.tracks WHERE {of_roots} ORDER BY file_key",
             [names],
         ).fetchall()
         failures = connection.execute(
@@ -245,7 +244,7 @@ def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
     console.print(f"\nThe results are in {warehouse}. Try:")
     command = os.path.relpath(Path(sys.executable).with_name("audio-assets"))
     console.print(
-        f'{command} query "SELECT file_key, bpm, key FROM features.tracks '
+        f'{command} query "SELECT file_key, bpm, key, scale FROM features.tracks '
         'ORDER BY danceability DESC LIMIT 10"',
         highlight=False,
     )

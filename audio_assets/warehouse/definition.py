@@ -1,13 +1,15 @@
 """The tables and views of the database: create them, migrate them, comment them."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from duckdb import DuckDBPyConnection
 
 from audio_assets.features.base import Column, FeatureSet
-from audio_assets.warehouse import rollups, views
+from audio_assets.warehouse import rollups
+from audio_assets.warehouse.ingest import PARTS, TABLES, VERSION
 from audio_assets.warehouse.schema import ATTEMPTS, RUNS, Table, literal, quoted, warehouse_tables
+from audio_assets.warehouse.views import views
 
 
 class Definition:
@@ -27,13 +29,16 @@ class Definition:
     def __init__(self, feature_sets: Iterable[FeatureSet]) -> None:
         feature_sets = tuple(feature_sets)
         self._tables = warehouse_tables(feature_sets)
-        self._views = views.tracks_view(feature_sets), views.missing_view(feature_sets)
-        self._headlines = views.headline_columns(feature_sets)
-        made_from = repr((self._tables, rollups.ROLLUP_SQL, self._views))
+        self._views = views(feature_sets)
+        made_from = repr((self._tables, rollups.ROLLUP_SQL, self._views, VERSION, PARTS, TABLES))
         self.digest = hashlib.sha256(made_from.encode()).hexdigest()
 
     def apply(self, connection: DuckDBPyConnection) -> None:
         """Create the tables and views, or migrate those of another definition in place."""
+        # A column cannot be altered while a view depends on it.
+        present = "SELECT view_name FROM duckdb_views() WHERE schema_name = 'features'"
+        for (name,) in connection.execute(present).fetchall():
+            connection.execute(f"DROP VIEW features.{quoted(name)}")
         for table in self._tables:
             connection.execute(f"CREATE SCHEMA IF NOT EXISTS {quoted(table.schema)}")
             if _migrate(connection, table):
@@ -41,12 +46,11 @@ class Definition:
                 connection.execute(
                     "DELETE FROM publishing.parts WHERE landing_table = ?", [table.landing_name]
                 )
-            columns = {column.name: column for column in table.all_columns}
-            _comment(connection, "TABLE", table.sql_name, table.description, columns)
+        for table in (*self._tables, VERSION, PARTS, TABLES):
+            _comment(connection, "TABLE", table.sql_name, table.description, table.all_columns)
         for view in self._views:
-            connection.execute(view)
-        _comment(connection, "VIEW", "features.tracks", views.TRACKS_COMMENT, self._headlines)
-        _comment(connection, "VIEW", "features.missing", views.MISSING_COMMENT, {})
+            connection.execute(f"CREATE VIEW {view.sql_name} AS {view.select}")
+            _comment(connection, "VIEW", view.sql_name, view.description, view.columns)
         connection.execute(
             f"INSERT INTO touched SELECT run_id FROM {RUNS.sql_name} "
             f"UNION SELECT run_id FROM {ATTEMPTS.sql_name}"
@@ -63,8 +67,6 @@ def _migrate(connection: DuckDBPyConnection, table: Table) -> bool:
     right = _column_types(connection, "template")
     if present == right:
         return False
-    # A column cannot be altered while a view depends on it; the views are created afterwards.
-    connection.execute("DROP VIEW IF EXISTS features.tracks; DROP VIEW IF EXISTS features.missing")
     alter = f"ALTER TABLE {table.sql_name}"
     for name in right.keys() - present.keys():
         connection.execute(f"{alter} ADD COLUMN {quoted(name)} {wanted[name]}")
@@ -88,10 +90,10 @@ def _comment(
     kind: str,
     name: str,
     description: str,
-    columns: Mapping[str, Column],
+    columns: Iterable[Column],
 ) -> None:
     """Comment a table or view with its description, its columns with description and unit."""
     connection.execute(f"COMMENT ON {kind} {name} IS {literal(description)}")
-    for column_name, column in columns.items():
+    for column in columns:
         text = f"{column.description} ({column.unit})" if column.unit else column.description
-        connection.execute(f"COMMENT ON COLUMN {name}.{quoted(column_name)} IS {literal(text)}")
+        connection.execute(f"COMMENT ON COLUMN {name}.{quoted(column.name)} IS {literal(text)}")

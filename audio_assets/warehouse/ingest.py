@@ -11,17 +11,65 @@ from dataclasses import dataclass, field
 
 from duckdb import DuckDBPyConnection
 
+from audio_assets.features.base import Column
 from audio_assets.warehouse.landing import CorruptPartError, Landing, PartVanishedError
 from audio_assets.warehouse.schema import ATTEMPTS, ROW_ID, RUNS, Table, quoted
 
 logger = logging.getLogger(__name__)
 
-TABLES_SQL = """
+VERSION = Table(
+    "publishing",
+    "version",
+    "One row: the version of the database",
+    (),
+    key=(),
+    computed=(
+        Column("version", "BIGINT", "Number of the version, from 1"),
+        Column("published_at", "TIMESTAMPTZ", "When it was published"),
+        Column("definition", "VARCHAR", "Hash of what its tables and views are made from"),
+    ),
+)
+
+PARTS = Table(
+    "publishing",
+    "parts",
+    "One row per part of the landing that this version holds",
+    (),
+    key=(),
+    computed=(
+        Column("landing_table", "VARCHAR", "The table, by its directory in the landing"),
+        Column("part", "VARCHAR", "Name of the part"),
+        Column("damaged", "BOOLEAN", "Whether it cannot be read; its rows are left out"),
+    ),
+)
+
+
+TABLES = Table(
+    "publishing",
+    "tables",
+    "One row per table of the landing: what this version must hold of it",
+    (),
+    key=("landing_table",),
+    computed=(
+        Column("landing_table", "VARCHAR", "The table, by its directory in the landing"),
+        Column("row_count", "BIGINT", "Number of its rows"),
+        Column("digest", "UHUGEINT", "Hash of its rows"),
+    ),
+)
+
+
+def _creation(table: Table) -> str:
+    columns = [f"{column.name} {column.type}" for column in table.all_columns]
+    if table.key:
+        columns.append(f"PRIMARY KEY ({', '.join(table.key)})")
+    return f"CREATE TABLE IF NOT EXISTS {table.sql_name} ({', '.join(columns)});"
+
+
+TABLES_SQL = f"""
 CREATE SCHEMA IF NOT EXISTS publishing;
-CREATE TABLE IF NOT EXISTS publishing.parts
-    (landing_table VARCHAR, part VARCHAR, damaged BOOLEAN);
-CREATE TABLE IF NOT EXISTS publishing.tables
-    (landing_table VARCHAR PRIMARY KEY, row_count BIGINT, digest UHUGEINT);
+{_creation(VERSION)}
+{_creation(PARTS)}
+{_creation(TABLES)}
 CREATE TEMP TABLE touched (run_id VARCHAR)
 """
 """The tables that ingesting needs."""

@@ -165,10 +165,6 @@ class Publisher:
                 check_ledger(connection, digests=False)
             connection.execute("BEGIN")
             connection.execute(TABLES_SQL)
-            connection.execute(
-                "CREATE TABLE IF NOT EXISTS publishing.version "
-                "(version BIGINT, published_at TIMESTAMPTZ, definition VARCHAR)"
-            )
             # Parts that this start holds are in the present version too. When they are merged,
             # the next publication, whichever of the two it starts from, has all their rows.
             mergeable: dict[str, Collection[str]] = {

@@ -4,6 +4,7 @@ SELECT
     reason,
     any_value(error_type) AS error_type,
     list(feature_set ORDER BY feature_set) AS feature_sets,
+    min(since) AS since,
     max(last_attempt) AS last_attempt
 FROM features.missing
 GROUP BY file_key, reason

@@ -2,16 +2,15 @@
 -- tempos within 3 %. The closest tempos come first.
 WITH mixable AS (
     SELECT
-        tracks.file_key,
-        coalesce(tracks.title, tracks.file_key) AS track,
-        rhythm.bpm,
-        key.camelot,
-        key.camelot[:-2]::INTEGER AS hour,
-        key.camelot[-1] AS letter
+        file_key,
+        content_hash,
+        coalesce(title, file_key) AS track,
+        bpm,
+        camelot,
+        camelot[:-2]::INTEGER AS hour,
+        camelot[-1] AS letter
     FROM features.tracks
-    JOIN features.rhythm USING (file_key)
-    JOIN features.key USING (file_key)
-    WHERE NOT tracks.gone AND rhythm.bpm > 0 AND key.camelot IS NOT NULL
+    WHERE bpm > 0 AND camelot IS NOT NULL
 )
 SELECT
     a.track,
@@ -24,6 +23,7 @@ SELECT
 FROM mixable AS a
 JOIN mixable AS b
     ON a.file_key < b.file_key
+    AND a.content_hash <> b.content_hash
     AND abs(b.bpm / a.bpm - 1) <= 0.03
     AND (
         (a.hour = b.hour)

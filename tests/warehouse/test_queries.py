@@ -23,17 +23,29 @@ from tests.warehouse.rows import (
 QUERIES = Path(__file__).parents[2] / "examples" / "queries"
 SETS = tuple(FEATURE_SETS.values())
 TRACKS = 20
+RENAMED, COPY, GONE = "music/old name.flac", "music/z copy.flac", "music/gone.flac"
 CAMELOT = ["8A", "9A", "8B", "12A", "1A", "3B"]
 
 
 @pytest.fixture(scope="module")
 def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twenty tracks in pairs that mix, one damaged, one of another loudness; two runs."""
+    """Twenty tracks in pairs that mix, one damaged, one of another loudness; two runs.
+
+    The first was renamed, the last is there twice, and a silent one is gone.
+    """
     root = tmp_path_factory.mktemp("warehouse")
     rng = random.Random(1)
     landing = landing_of(root, SETS)
     keys = [f"music/track {number:02}.flac" for number in range(TRACKS)]
     landing.append("library/files", [file(key) for key in [*keys, "music/damaged.mp3"]])
+    others = {RENAMED: keys[0], COPY: keys[-1], GONE: None}
+    landing.append(
+        "library/files",
+        [
+            file(key, content_hash=f"hash of {of or key}", gone=key != COPY)
+            for key, of in others.items()
+        ],
+    )
     for feature_set in SETS:
         rows = [made_up(feature_set, key, rng) for key in keys]
         for number, row in enumerate(rows):
@@ -49,6 +61,11 @@ def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
                     row["embedding"] = [
                         math.cos(number // 2 + 0.01 * (number % 2) + i) for i in range(200)
                     ]
+        for key, of in others.items():
+            row = next((row for row in rows if row["file_key"] == of), rows[-1])
+            own = {"integrated_lufs": -70.0} if of is None and "integrated_lufs" in row else {}
+            content_hash = f"hash of {of or key}"
+            rows.append({**row, "file_key": key, "content_hash": content_hash, **own})
         landing.append(f"features/{feature_set.name}", rows)
     for run, failures in (("night 1", 3), ("night 2", 1)):
         start = START + timedelta(days=failures == 1)
@@ -68,13 +85,16 @@ def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
         landing.append(
             "robustness/attempts",
             [
-                attempt(key, name, run_id=run, duration_s=9.0 if name == "rhythm" else 1.0)
+                attempt(
+                    key, name, run_id=run, duration_s=9.0 if name == "rhythm" else 1.0,
+                    started_at=start,
+                )
                 for key in keys
                 for name in FEATURE_SETS
             ]
             + [
                 attempt(
-                    "music/damaged.mp3", name, "failed", run_id=run,
+                    "music/damaged.mp3", name, "failed", run_id=run, started_at=start,
                     error_type="corrupt_file", message="breaks off after 3 of 200 s",
                 )
                 for name in list(FEATURE_SETS)[:failures]
@@ -90,15 +110,18 @@ def example(warehouse: Path, name: str) -> pd.DataFrame:
 
 def test_tracks_to_mix(warehouse: Path) -> None:
     pairs = example(warehouse, "tracks_to_mix")
-    # Neighbours in tempo only: 8A-9A, 8B-12A, 1A-3B, 8A-9A, ... of which 8A-9A mix.
-    assert len(pairs) == 4
+    # Neighbours in tempo only: 8A-9A, 8B-12A, 1A-3B, 8A-9A, ... of which 8A-9A mix; the last is
+    # there twice, and mixes with its copy no more than with itself.
+    assert len(pairs) == 5
     assert set(zip(pairs["camelot"], pairs["other_camelot"], strict=True)) == {("8A", "9A")}
     assert (pairs["tempo_change_percent"].abs() <= 3).all()
 
 
 def test_nearest_neighbours(warehouse: Path) -> None:
     neighbours = example(warehouse, "nearest_neighbours")
-    assert len(neighbours) == 5 * TRACKS
+    assert len(neighbours) == 5 * (TRACKS + 1)
+    assert not {RENAMED, GONE} & {*neighbours["file_key"], *neighbours["neighbour"]}
+    assert COPY not in set(neighbours[neighbours["file_key"] == "music/track 19.flac"]["neighbour"])
     nearest = neighbours.groupby("file_key").first()["neighbour"]
     assert nearest["music/track 04.flac"] == "music/track 05.flac"
     assert nearest["music/track 05.flac"] == "music/track 04.flac"
@@ -116,6 +139,22 @@ def test_failing_files(warehouse: Path) -> None:
         "breaks off after 3 of 200 s": 3,
         "never attempted": 6,
     }
+
+
+def test_last_nights_failures(warehouse: Path) -> None:
+    [failure] = example(warehouse, "last_nights_failures").to_dict("records")
+    assert failure["file_key"] == "music/damaged.mp3"
+    assert failure["feature_sets"] == [next(iter(FEATURE_SETS))]
+    assert not failure["succeeded_later"]
+
+
+def test_duplicates(warehouse: Path) -> None:
+    found = example(warehouse, "duplicates")
+    same = found[found["why"] == "same content"]
+    assert same[["file_key", "other"]].values.tolist() == [["music/track 19.flac", COPY]]
+    alike = set(zip(found["file_key"], found["other"], strict=True))
+    assert ("music/track 04.flac", "music/track 05.flac") in alike
+    assert not {RENAMED, GONE} & {*found["file_key"], *found["other"]}
 
 
 def test_slow_feature_sets(warehouse: Path) -> None:
@@ -139,14 +178,81 @@ def test_every_example_is_tested() -> None:
 
 def test_tracks_show_the_headline_of_each_feature_set(warehouse: Path) -> None:
     tracks = queried(warehouse, "FROM features.tracks")
-    assert len(tracks) == TRACKS + 1
-    shown = {"title", "artist", "duration_s", "bpm", "integrated_lufs", "top_tag", "mfcc_mean"}
+    assert len(tracks) == TRACKS + 2
+    shown = {"title", "artist", "album", "year", "genre", "duration_s", "container", "codec"}
+    shown |= {"bpm", "beat_confidence", "key", "scale", "camelot", "danceability", "top_tags"}
+    shown |= {"integrated_lufs", "loudness_range_lu", "true_peak_dbtp", "mfcc_mean"}
     assert shown <= set(tracks)
+
+
+def test_every_column_of_every_table_and_view_says_what_it_is(warehouse: Path) -> None:
+    sql = "FROM duckdb_columns() WHERE NOT internal AND comment IS NULL"
+    assert query(warehouse, sql).rows == []
+    sql = (
+        "SELECT table_name FROM duckdb_tables() WHERE NOT internal AND comment IS NULL "
+        "UNION ALL SELECT view_name FROM duckdb_views() WHERE NOT internal AND comment IS NULL"
+    )
+    assert query(warehouse, sql).rows == []
+    sql = (
+        "FROM duckdb_columns() WHERE table_name IN ('acousticbrainz', 'spotify') "
+        "AND column_name NOT IN ('file_key', 'path', 'content_hash') "
+        "AND NOT regexp_matches(comment, '^(measured|estimated): ')"
+    )
+    assert query(warehouse, sql).rows == []
+
+
+def test_values_under_names_of_other_services(tmp_path: Path) -> None:
+    landing = landing_of(tmp_path, SETS)
+    keys = [("a", "C", "major"), ("b", "Eb", "minor"), ("c", None, None)]
+    landing.append("library/files", [file(key) for key, *_ in keys])
+    row = made_up(FEATURE_SETS["key"], "a", random.Random(1))
+    landing.append(
+        "features/key",
+        [{**row, "file_key": key, "key": tonic, "scale": scale} for key, tonic, scale in keys],
+    )
+    row = made_up(FEATURE_SETS["danceability"], "a", random.Random(1)) | {"danceability": 1.5}
+    landing.append("features/danceability", [row])
+    row = made_up(FEATURE_SETS["spectral"], "a", random.Random(1)) | {"centroid_std": 3.0}
+    landing.append("features/spectral", [row])
+    publisher_of(tmp_path, SETS).publish()
+    path = tmp_path / "warehouse.duckdb"
+    assert query(path, "SELECT key, mode FROM features.spotify ORDER BY file_key").rows == [
+        (0, 1),
+        (3, 0),
+        (-1, None),
+    ]
+    assert query(path, "SELECT max(danceability) FROM features.spotify").rows == [(0.5,)]
+    sql = "SELECT max(lowlevel_spectral_centroid_var) FROM features.acousticbrainz"
+    assert query(path, sql).rows == [(9.0,)]
+
+
+def test_one_reason_is_one_text_whenever_it_failed(tmp_path: Path) -> None:
+    landing = landing_of(tmp_path)
+    messages = [
+        "holds no audio",
+        "in quarantine since 2026-03-01 12:00:00 UTC: holds no audio",
+        "in quarantine: holds no audio",
+    ]
+    landing.append("library/files", [file(str(n)) for n in range(len(messages))])
+    landing.append(
+        "robustness/attempts",
+        [attempt(str(n), outcome="succeeded", at=0) for n in range(len(messages))]
+        + [
+            attempt(str(n), outcome="quarantined", message=message, at=at)
+            for at in (10, 20)
+            for n, message in enumerate(messages)
+        ],
+    )
+    publisher_of(tmp_path).publish()
+    sql = "SELECT DISTINCT reason, since FROM features.missing WHERE feature_set = 'rhythm'"
+    assert query(tmp_path / "warehouse.duckdb", sql).rows == [
+        ("holds no audio", START + timedelta(seconds=10))
+    ]
 
 
 def test_status(warehouse: Path) -> None:
     now = status(warehouse)
-    assert (now.version, now.files, now.gone) == (1, TRACKS + 1, 0)
+    assert (now.version, now.files, now.gone) == (1, TRACKS + 2, 2)
     assert [row[0] for row in now.runs.rows] == [START + timedelta(days=1), START]
     assert now.missing.columns == ["reason", "files", "feature_sets"]
     assert [files for _, files, _ in now.missing.rows] == [1, 1]
@@ -221,7 +327,7 @@ def test_a_query_reaches_nothing_but_the_database_and_cannot_write_to_it(
 
 def test_a_query_may_use_memory(warehouse: Path) -> None:
     sql = "CREATE TABLE memory.t AS FROM features.rhythm; SELECT count(*) AS n FROM memory.t"
-    assert query(warehouse, sql).rows == [(TRACKS,)]
+    assert query(warehouse, sql).rows == [(TRACKS + 3,)]
 
 
 def test_a_damaged_database_is_named_with_its_remedy(warehouse: Path, tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_python_blocks_run_in_order() -> None:
     assert len(found) == 4
     for block in found:
         exec(block, names)
-    assert len(names["tracks"]) == 21  # type: ignore[arg-type]
+    assert len(names["tracks"]) == 22  # type: ignore[arg-type]
     assert len(names["mfcc"].iloc[0]) == 13  # type: ignore[attr-defined]
     assert len(names["embeddings"][0]) == 200  # type: ignore[index]
 
@@ -46,7 +46,7 @@ def test_python_blocks_run_in_order() -> None:
 @pytest.mark.usefixtures("_in_place")
 def test_every_sql_statement_runs() -> None:
     found = [statement for block in blocks("sql") for statement in block.strip().split(";\n")]
-    assert len(found) == 12
+    assert len(found) == 14
     for statement in found:
         with duckdb.connect() as session:
             if "ATTACH" not in statement and "warehouse." not in statement:

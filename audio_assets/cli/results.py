@@ -65,7 +65,7 @@ def status(
         bool, typer.Option("--json", help="Print JSON: an object with a list for each table.")
     ] = False,
 ) -> None:
-    """Show the latest runs, open breakers, the quarantine and missing cells."""
+    """Show the latest runs, open breakers, the quarantine, degraded and missing cells."""
     from audio_assets.settings import get_settings
     from audio_assets.warehouse.queries import QueryError, status
     from robustness.circuit_breaker import all_circuit_breakers
@@ -87,6 +87,7 @@ def status(
         "Latest runs": (now.runs.columns, now.runs.rows),
         "Breakers open or set by hand": (BREAKER_COLUMNS, breaker_rows(breakers)),
         "Quarantine": (("feature_set", "error_type", "cells"), quarantined),
+        "Degraded cells": (now.degraded.columns, now.degraded.rows),
         "Missing cells": (now.missing.columns, now.missing.rows),
     }
     if as_json:
@@ -96,7 +97,7 @@ def status(
             "files": now.files,
             "gone": now.gone,
         }
-        names = ("runs", "breakers", "quarantine", "missing")
+        names = ("runs", "breakers", "quarantine", "degraded", "missing")
         lists = (records(*table) for table in tables.values())
         print_json(head | dict(zip(names, lists, strict=True)))
         return

@@ -23,7 +23,14 @@ _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")
 
 RESERVED_NAMES = frozenset(
     {
-        *("files", "missing", "tracks", "acousticbrainz", "spotify"),  # of the warehouse
+        *(
+            "files",
+            "missing",
+            "degraded",
+            "tracks",
+            "acousticbrainz",
+            "spotify",
+        ),  # of the warehouse
         *("identify", "inspect", "hash", "duration", "decode"),  # stages
         *("published_tables", "robustness_tables"),  # other ops; then what Dagster reserves
         *("arg_dict", "bool", "conf", "config", "context", "dict", "float", "input"),

@@ -64,6 +64,8 @@ class Status:
         Files in the library, and files that have left it.
     runs : Result
         The latest runs, newest first: figures of ``robustness.runs``.
+    degraded : Result
+        Number of degraded cells by feature set, and how many of them are computed again.
     missing : Result
         Number of files with missing cells by reason, most first, and the feature_sets.
     """
@@ -73,6 +75,7 @@ class Status:
     files: int
     gone: int
     runs: Result
+    degraded: Result
     missing: Result
 
 
@@ -136,6 +139,11 @@ def status(warehouse_path: Path, runs: int = 5) -> Status:
                 "cells_reused AS reused, cells_failed AS failed, "
                 "cells_quarantined AS quarantined, cells_skipped AS skipped, success_rate, "
                 f"retries FROM robustness.runs ORDER BY started_at DESC LIMIT {runs:d}",
+            ),
+            degraded=_result(
+                connection,
+                "SELECT feature_set, count(*) AS cells, count(*) FILTER (NOT final) AS "
+                "computed_again FROM features.degraded GROUP BY feature_set ORDER BY feature_set",
             ),
             missing=_result(
                 connection,

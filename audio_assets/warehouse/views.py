@@ -199,6 +199,11 @@ def views(feature_sets: Sequence[FeatureSet]) -> tuple[View, ...]:
             "other feature set",
             (*_TRACKS, *_headlines(feature_sets)),
             feature_sets,
+            last=(
+                f"[{', '.join(map(_name_if_degraded, feature_sets))}].list_filter("
+                "lambda name: name IS NOT NULL) AS degraded",
+                Column("degraded", "VARCHAR[]", "Feature sets whose rows are degraded"),
+            ),
         ),
         _of_files(
             "acousticbrainz",
@@ -215,6 +220,7 @@ def views(feature_sets: Sequence[FeatureSet]) -> tuple[View, ...]:
             feature_sets,
         ),
         _missing(feature_sets),
+        _degraded(feature_sets),
     )
 
 
@@ -223,8 +229,9 @@ def _of_files(
     description: str,
     derived: Sequence[Derived],
     feature_sets: Sequence[FeatureSet],
+    last: tuple[str, Column] | None = None,
 ) -> View:
-    """Return a view with a row for each file that is there."""
+    """Return a view with a row for each file that is there; `last` is a column of its own."""
     defined = {
         (feature_set.name, column.name): column
         for feature_set in feature_sets
@@ -232,6 +239,8 @@ def _of_files(
     }
     known = [column for column in derived if (column.feature_set, column.source) in defined]
     needed = {column.feature_set for column in known}
+    if last:
+        needed |= {feature_set.name for feature_set in feature_sets}
     of_files = [c for c in FILES.columns if c.name in ("file_key", "path", "content_hash")]
     selected, columns = [f"files.{column.name}" for column in of_files], list(of_files)
     for column in known:
@@ -247,6 +256,9 @@ def _of_files(
                 column.unit if is_own else source.unit,
             )
         )
+    if last:
+        selected.append(last[0])
+        columns.append(last[1])
     joins = " ".join(
         f"LEFT JOIN {feature_table(feature_set).sql_name} AS {quoted(feature_set.name)} "
         "USING (file_key)"
@@ -277,6 +289,33 @@ def _headlines(feature_sets: Sequence[FeatureSet]) -> list[Derived]:
             name = f"{feature_set.name}_{headline}" if is_taken else headline
             found.append(Derived(name, feature_set.name, headline))
     return found
+
+
+def _name_if_degraded(feature_set: FeatureSet) -> str:
+    name = literal(feature_set.name)
+    return f"CASE WHEN {quoted(feature_set.name)}.degraded IS NOT NULL THEN {name} END"
+
+
+def _degraded(feature_sets: Sequence[FeatureSet]) -> View:
+    select = " UNION ALL ".join(
+        f"SELECT file_key, {literal(feature_set.name)} AS feature_set, degraded AS reason, "
+        "degraded_since AS since, retry_after IS NULL AS final "
+        f"FROM {feature_table(feature_set).sql_name} JOIN library.files USING (file_key) "
+        "WHERE degraded IS NOT NULL AND NOT coalesce(files.gone, false)"
+        for feature_set in feature_sets
+    )
+    return View(
+        "degraded",
+        "One row per cell whose values may differ from those of a sound file and run",
+        select,
+        (
+            FILES.columns[0],
+            Column("feature_set", "VARCHAR", "The feature set"),
+            Column("reason", "VARCHAR", "What is missing, or what failed"),
+            Column("since", "TIMESTAMPTZ", "When the values were first computed so"),
+            Column("final", "BOOLEAN", "Whether the file is the cause; else it is computed again"),
+        ),
+    )
 
 
 def _missing(feature_sets: Sequence[FeatureSet]) -> View:

@@ -131,6 +131,27 @@ def test_file_keys_are_data_and_nothing_else(tmp_path: Path) -> None:
     assert {row["file_key"] for row in landing.latest("features/rhythm")} == set(AWKWARD_KEYS)
 
 
+def test_degraded_cells_are_named_with_their_reason(tmp_path: Path) -> None:
+    landing = landing_of(tmp_path)
+    landing.append("library/files", [file("a"), file("b"), file("left", gone=True)])
+    since = datetime(2026, 1, 1, tzinfo=UTC)
+    bad = {"degraded": "the audio breaks off", "degraded_since": since}
+    landing.append(
+        "features/rhythm", [rhythm("a") | bad, rhythm("b") | bad | {"retry_after": since}]
+    )
+    landing.append("features/rhythm", [rhythm("left") | bad])
+    landing.append("features/mfcc", [mfcc("a")])
+    publisher_of(tmp_path).publish()
+    assert ask(tmp_path, "FROM features.degraded ORDER BY ALL") == [
+        ("a", "rhythm", "the audio breaks off", since, True),
+        ("b", "rhythm", "the audio breaks off", since, False),
+    ]
+    assert ask(tmp_path, "SELECT file_key, degraded FROM features.tracks ORDER BY ALL") == [
+        ("a", ["rhythm"]),
+        ("b", ["rhythm"]),
+    ]
+
+
 def test_missing_cells_are_named_with_their_reason(tmp_path: Path) -> None:
     landing = landing_of(tmp_path)
     landing.append(

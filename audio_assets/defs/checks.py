@@ -1,4 +1,4 @@
-"""Asset checks of the published tables: finite, complete, fresh, and the success rate."""
+"""Asset checks of the published tables, of their rows and values, and of the success rate."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 from duckdb import DuckDBPyConnection
 
+from audio_assets.defs.distributions import findings
 from audio_assets.defs.partitions import asset_key
 from audio_assets.defs.robustness_tables import (
     last_reported,
@@ -31,6 +32,7 @@ MAX_LAG = timedelta(minutes=5)
 """The check `fresh` warns of parts that are older than this and not published."""
 
 FILES_NAMED = 5
+FINDINGS_SHOWN = 5
 
 
 @dataclass
@@ -68,6 +70,11 @@ class _Cells:
                 ("complete", "The table has a row for each materialized file, and no other row"),
                 ("fresh", "The table has all rows that were written more than five minutes ago"),
                 ("degraded", "No row is degraded: see the view features.degraded"),
+                (
+                    "distribution",
+                    "No column is constant, or differs much between code versions, extractors and "
+                    "library roots",
+                ),
             )
         ),
     ],
@@ -107,6 +114,8 @@ def published_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.Asse
                     result = _check_fresh(connection, landing, feature_set)
                 case "degraded", FeatureSet():
                     result = _check_degraded(connection, feature_set)
+                case "distribution", FeatureSet():
+                    result = _check_distribution(connection, feature_set)
                 case _:
                     result = _check_success_rate(context.instance, connection)
             yield result._replace(asset_key=key.asset_key, check_name=key.name)
@@ -301,6 +310,18 @@ def _check_degraded(connection: DuckDBPyConnection, feature_set: FeatureSet) -> 
         if degraded
         else None,
         metadata={"degraded": degraded, "computed_again": due},
+    )
+
+
+def _check_distribution(
+    connection: DuckDBPyConnection, feature_set: FeatureSet
+) -> dg.AssetCheckResult:
+    found = findings(connection, feature_set)
+    return dg.AssetCheckResult(
+        passed=not found,
+        severity=dg.AssetCheckSeverity.WARN,
+        description="; ".join(found[:FINDINGS_SHOWN]) or None,
+        metadata={"findings": len(found)},
     )
 
 

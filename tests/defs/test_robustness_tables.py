@@ -146,7 +146,7 @@ def test_complete_tables_pass(instance: dg.DagsterInstance) -> None:
     write_rows(KEYS)
     materialize(instance, KEYS)
     found = checks(run_stats(instance))
-    assert len(found) == 1 + 4 * len(FEATURE_SETS)
+    assert len(found) == 1 + 5 * len(FEATURE_SETS)
     assert all(evaluation.passed for evaluation in found.values())
 
 

@@ -11,7 +11,7 @@ export DAGSTER_HOME ?= $(CURDIR)/dagster_home
 
 PYTHON_TESTS := $(PYTHONS:%=test-python-%)
 
-.PHONY: run dev test test-pythons fuzz $(PYTHON_TESTS) lint format screenshots bench-faults bench-speed clean
+.PHONY: run dev test test-pythons dist fuzz $(PYTHON_TESTS) lint format screenshots bench-faults bench-speed clean
 
 run: $(DEV) ## Analyse LIBRARY, or a sample library made for the purpose
 	$(VENV)/bin/audio-assets analyze $(if $(LIBRARY),"$(LIBRARY)") || [ $$? -eq 3 ] # 3: some files failed
@@ -24,11 +24,11 @@ test: $(DEV) ## All tests, those of a file after one another
 	$(VENV)/bin/pytest --numprocesses $$(($$(nproc) < 4 ? $$(nproc) + 1 : 4)) --dist loadfile \
 	    --no-loadscope-reorder
 
-test-pythons: $(PYTHON_TESTS) ## An analysis on each promised Python that can be found here
+test-pythons: $(PYTHON_TESTS) ## The installed wheel on each promised Python that can be found here
 
 # uv passes over what is called python3.12 and does not run, as pyenv's may; what pyenv has installed
 # need not be on the PATH.
-$(PYTHON_TESTS): test-python-%: $(DEV)
+$(PYTHON_TESTS): test-python-%: dist
 	@if $(VENV)/bin/python -V | grep -q ' $*\.'; then \
 	    echo 'Python $*: has all tests, in make test'; exit; \
 	fi; \
@@ -37,10 +37,10 @@ $(PYTHON_TESTS): test-python-%: $(DEV)
 	    echo 'Python $*: SKIPPED, it cannot be found here'; exit; \
 	}; \
 	echo "Python $*: $$python"; \
-	export UV_PROJECT_ENVIRONMENT='$(CURDIR)/$(VENV)-$*'; \
-	$(UV) sync --frozen --quiet --python "$$python" && \
-	$(VENV)-$*/bin/python -V | grep ' $*\.' && \
-	$(VENV)-$*/bin/pytest tests/test_pipeline.py -k 'every_cell or known_tempo or no_nan'
+	tests/installed_wheel.sh "$$python" $(CURDIR)/$(VENV)-$*
+
+dist: $(DEV) ## The wheel and the source distribution, in dist/
+	$(UV) build --quiet --clear
 
 fuzz: $(DEV) ## Damaged files, settings and odd names for half an hour
 	AUDIO_TEST_FUZZ_SECONDS=1500 AUDIO_TEST_FUZZ_SEED=$$(date +%s) $(VENV)/bin/pytest -s tests/test_fuzz.py
@@ -67,7 +67,7 @@ bench-speed: $(BENCH) ## What the project costs, beside its bare algorithms and 
 	$(VENV)/bin/python -m benchmarks.report
 
 clean: ## Remove the environments; results in dagster_home stay
-	rm -rf $(VENV) $(PYTHONS:%=$(VENV)-%)
+	rm -rf $(VENV) $(PYTHONS:%=$(VENV)-%) dist
 
 $(UV):
 	$(PYTHON) -m venv $(VENV)

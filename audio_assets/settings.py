@@ -17,7 +17,20 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-PROJECT_DAGSTER_HOME = Path(__file__).resolve().parent.parent / "dagster_home"
+_PARENT = Path(__file__).resolve().parent.parent
+CHECKOUT = _PARENT if (_PARENT / "pyproject.toml").exists() else None
+"""The project's checkout; None if its wheel is installed."""
+
+_HOME_FILES = (
+    (CHECKOUT / "dagster_home" / "dagster.yaml", CHECKOUT / "workspace.yaml")
+    if CHECKOUT
+    else tuple((Path(__file__).parent / "home").glob("*.yaml"))
+)
+
+DEFAULT_HOME = (
+    CHECKOUT / "dagster_home" if CHECKOUT else Path.home() / ".local" / "share" / "audio-assets"
+)
+"""Dagster's home where `DAGSTER_HOME` names none."""
 
 
 def usable_cores() -> int:
@@ -37,7 +50,7 @@ class AudioAssetsSettings(BaseSettings):
     model_config = SettingsConfigDict(env_ignore_empty=True, extra="ignore")
 
     dagster_home: Path = Field(
-        PROJECT_DAGSTER_HOME,
+        DEFAULT_HOME,
         alias="DAGSTER_HOME",
         description="Dagster's home, where all generated files are",
     )
@@ -167,7 +180,7 @@ def set_umask() -> None:
 
 
 def prepare_home() -> Path:
-    """Set the umask, and create Dagster's home with the project's `dagster.yaml`.
+    """Set the umask, and create Dagster's home with `dagster.yaml` and `workspace.yaml`.
 
     Returns
     -------
@@ -182,9 +195,9 @@ def prepare_home() -> Path:
     set_umask()
     home = get_settings().dagster_home.absolute()
     home.mkdir(parents=True, exist_ok=True)
-    template = PROJECT_DAGSTER_HOME / "dagster.yaml"
-    if not (home / template.name).exists() and template.exists():  # an installed wheel has none
-        partial = home / f".{template.name}.{os.getpid()}"
-        shutil.copyfile(template, partial)
-        partial.replace(home / template.name)
+    for template in _HOME_FILES:
+        if not (home / template.name).exists():
+            partial = home / f".{template.name}.{os.getpid()}"
+            shutil.copyfile(template, partial)
+            partial.replace(home / template.name)
     return home

@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from audio_assets.cli import breakers, quarantine, results, runs
-from audio_assets.cli.doctor import CheckError, check_settings
+from audio_assets.cli import breakers, home, quarantine, results, runs
+from audio_assets.cli.doctor import CheckError
 from audio_assets.cli.endings import EXIT_CODES, ExitCode, UserError
 from audio_assets.cli.printing import AsCsv, AsJson, console, print_table, set_up_output
 
@@ -55,13 +55,13 @@ class _Command(TyperCommand):
 
 def _prepare(*, may_be_wrong: bool) -> None:
     """Set DAGSTER_HOME before Dagster is imported, and make it a safe place."""
-    from audio_assets.settings import PROJECT_DAGSTER_HOME, get_settings, prepare_home
+    from dotenv import load_dotenv
 
-    os.environ["DAGSTER_HOME"] = os.environ.get("DAGSTER_HOME") or str(PROJECT_DAGSTER_HOME)
+    from audio_assets.settings import DEFAULT_HOME
+
+    load_dotenv(".env", override=True)  # as Dagster's own commands do
     try:
-        check_settings()
-        os.environ["DAGSTER_HOME"] = str(prepare_home())
-        get_settings.cache_clear()
+        home.prepare(os.environ.get("DAGSTER_HOME") or str(DEFAULT_HOME))
     except (CheckError, OSError) as error:
         if not may_be_wrong:
             raise UserError(f"{error}. `audio-assets doctor` says what to do.") from None
@@ -131,6 +131,7 @@ for command in (
 ):
     app.command(cls=_Command)(command)
 app.command(cls=_Command, hidden=True)(prepare)
+app.command()(home.init)
 
 _history = _group("history", "Dagster's runs and events.")
 _history.command(cls=_Command)(runs.prune)

@@ -31,9 +31,9 @@ def breaker_names(incomplete: str) -> list[str]:
 
 
 def _set_home() -> None:
-    from audio_assets.settings import PROJECT_DAGSTER_HOME
+    from audio_assets.settings import DEFAULT_HOME
 
-    os.environ.setdefault("DAGSTER_HOME", str(PROJECT_DAGSTER_HOME))
+    os.environ.setdefault("DAGSTER_HOME", str(DEFAULT_HOME))
 
 
 def _beginning_with(incomplete: str, names: Iterable[str]) -> list[str]:

@@ -14,8 +14,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, distribution, metadata, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeAlias
+
+from packaging.requirements import Requirement
+
+_PACKAGE = "audio-assets"
 
 TIMEOUT_S = 120.0
 """Deadline of a check (s): on a slow machine the imports alone take a minute."""
@@ -115,6 +121,51 @@ def _check_settings() -> _Found:
     yield _ok("settings", f"{settings.workers} workers, {settings.batch_size} files per run")
 
 
+def _check_packages() -> _Found:
+    """Check that every package this one needs, directly or not, is there in a version it allows."""
+    wrong: list[str] = []
+    seen: set[str] = set()
+    extras = ",".join(metadata(_PACKAGE).get_all("Provides-Extra") or ())
+    todo = [Requirement(f"{_PACKAGE}[{extras}]")]
+    for requirement in todo:
+        try:
+            found = distribution(requirement.name)
+        except PackageNotFoundError:
+            # One of an extra may be absent.
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                wrong.append(f"{requirement.name} is not installed")
+            continue
+        if not requirement.specifier.contains(found.version, prereleases=True):
+            wrong.append(f"{requirement.name} is {found.version}, not {requirement.specifier}")
+        for needed in map(Requirement, found.requires or ()):
+            names = ("", *requirement.extras)
+            applies = needed.marker is None or any(
+                needed.marker.evaluate({"extra": name}) for name in names
+            )
+            if applies and str(needed) not in seen:
+                seen.add(str(needed))
+                todo.append(needed)
+    if wrong:
+        raise CheckError("; ".join(wrong), _reinstall())
+    yield _ok("packages", f"{_PACKAGE} {version(_PACKAGE)} has what it needs")
+
+
+def _reinstall(*options: str) -> str:
+    """Return the command that installs this package anew, with what it needs."""
+    from audio_assets.settings import CHECKOUT
+
+    if CHECKOUT:
+        return "make clean && make run"
+    origin = json.loads(distribution(_PACKAGE).read_text("direct_url.json") or "{}")
+    pip = (
+        f"{sys.executable} -m pip install"
+        if find_spec("pip")
+        else f"uv pip install --python {sys.executable}"
+    )
+    source = origin.get("url") or f"{_PACKAGE}=={version(_PACKAGE)}"
+    return " ".join((pip, "--force-reinstall", *options, source))
+
+
 def _check_decoders() -> _Found:
     import numpy as np
     import soundfile
@@ -122,7 +173,6 @@ def _check_decoders() -> _Found:
     from audio_assets.audio.decode import decode
     from audio_assets.audio.streams import DecoderName
 
-    advice = "reinstall (make clean, make run): a wheel does not fit this machine"
     tone = 0.5 * np.sin(2 * np.pi * 440 * np.arange(22050) / 44100)
     decoders: tuple[DecoderName, ...] = ("av", "soundfile")
     with tempfile.TemporaryDirectory() as directory:
@@ -134,7 +184,7 @@ def _check_decoders() -> _Found:
                 if not 0.4 < source.duration_s < 0.7:
                     raise CheckError(
                         f"{decoder} decodes {source.duration_s:.2f} s of a 0.5 s {container} file",
-                        advice,
+                        _UNFIT,
                     )
     yield _ok("decoders", "av and soundfile decode WAV, FLAC, Ogg Vorbis and MP3")
 
@@ -148,7 +198,7 @@ def _check_essentia() -> _Found:
     noise = np.random.default_rng(0).uniform(-1, 1, 2048).astype(np.float32)
     centroid = standard.Centroid()(standard.Spectrum()(noise))
     if not 0 < centroid < 1:
-        raise CheckError(f"the spectral centroid of noise is {centroid}", _REINSTALL)
+        raise CheckError(f"the spectral centroid of noise is {centroid}", _UNFIT)
     yield _ok("essentia", "computes")
 
 
@@ -158,20 +208,24 @@ def _check_librosa() -> _Found:
 
     noise = np.random.default_rng(0).uniform(-1, 1, 22050).astype(np.float32)
     if not np.isfinite(librosa.feature.spectral_centroid(y=noise, sr=22050)).all():
-        raise CheckError("the spectral centroid of noise is not finite", _REINSTALL)
+        raise CheckError("the spectral centroid of noise is not finite", _UNFIT)
     yield _ok("librosa", "computes")
 
 
 def _check_models() -> _Found:
     import numpy as np
 
-    from audio_assets.features.musicnn_network import load_network
+    from audio_assets.features.musicnn_network import WeightsError, load_network
 
     patch = np.zeros((187, 96), np.float32)
     for model in ("MSD_musicnn", "MTT_musicnn"):
-        activations, _ = load_network(model).run(patch)
+        try:
+            network = load_network(model)
+        except WeightsError as error:
+            raise CheckError(str(error), _reinstall("--no-deps")) from None
+        activations, _ = network.run(patch)
         if not np.isfinite(activations).all():
-            raise CheckError(f"{model} returns values that are not finite", _REINSTALL)
+            raise CheckError(f"{model} returns values that are not finite", _UNFIT)
     yield _ok("models", "MSD_musicnn and MTT_musicnn load and run")
 
 
@@ -200,7 +254,7 @@ def _check_dagster() -> _Found:
         yield _warning(
             "dagster.yaml",
             f"{home} has none: runs are not limited",
-            "copy the project's dagster_home/dagster.yaml there",
+            "run any command but this one, such as `audio-assets status`, which puts it there",
         )
     try:
         with dg.DagsterInstance.from_config(str(home)) as instance:
@@ -210,7 +264,7 @@ def _check_dagster() -> _Found:
     except Exception as error:  # noqa: BLE001 - Dagster and its storages raise many types
         raise CheckError(
             f"the instance in {home} does not load: {_first_line(error)}",
-            f"correct {home}/dagster.yaml, or copy the project's own",
+            f"correct {home}/dagster.yaml, or delete it: the next command puts the project's there",
         ) from None
     pool = limits.pool_config.default_pool_limit
     yield _ok(
@@ -434,6 +488,7 @@ def _root_finding(name: str, root: Path) -> Finding:
 
 CHECKS: dict[str, Callable[[], _Found]] = {
     "settings": _check_settings,
+    "packages": _check_packages,
     "decoders": _check_decoders,
     "essentia": _check_essentia,
     "librosa": _check_librosa,
@@ -448,8 +503,8 @@ CHECKS: dict[str, Callable[[], _Found]] = {
     "library": _check_library,
 }
 
-_WITHOUT_SETTINGS = ("decoders", "essentia", "librosa", "models", "feature sets")
-_REINSTALL = "reinstall: make clean, then make run"
+_WITHOUT_SETTINGS = ("packages", "decoders", "essentia", "librosa", "models", "feature sets")
+_UNFIT = "correct what `packages` says; else its wheel does not fit this machine's processor"
 _DAMAGED_STATE = (
     "nothing, if it is an SQLite file: the next run moves it aside and creates a new one"
 )
@@ -505,7 +560,7 @@ def _run_check(name: str, timeout_s: float) -> list[Finding]:
         else:
             findings.append(Finding(**{**result, "verdict": Verdict(result["verdict"])}))
     if problem:
-        advice = "is it on a mount that does not answer?" if step != name else _REINSTALL
+        advice = "is it on a mount that does not answer?" if step != name else _UNFIT
         findings.append(Finding(name, Verdict.FAILED, f"{step}: {problem}", advice))
     return findings
 
@@ -562,7 +617,7 @@ def _main(name: str) -> None:
         report(Finding(name, Verdict.FAILED, str(error), error.advice))
     except Exception as error:  # noqa: BLE001 - any error is a finding
         found = f"{type(error).__name__}: {_first_line(error)}"
-        report(Finding(name, Verdict.FAILED, found, _REINSTALL))
+        report(Finding(name, Verdict.FAILED, found, _reinstall()))
 
 
 if __name__ == "__main__":

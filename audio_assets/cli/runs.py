@@ -222,6 +222,8 @@ def _show_scan(roots: Mapping[str, Path], scan: "LibraryScan") -> None:
 
 def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
     """Show tracks and failed cells; return how the analysis ended."""
+    from audio_assets.settings import CHECKOUT
+
     from audio_assets.warehouse.database import reading
 
     of_roots = "split_part(file_key, '/', 1) IN (SELECT unnest(?))"
@@ -248,7 +250,8 @@ def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
         'ORDER BY danceability DESC LIMIT 10"',
         highlight=False,
     )
-    console.print("Next: `make dev` opens Dagster on http://localhost:3000.")
+    opens = "make dev" if CHECKOUT else "dagster dev -m audio_assets.definitions"
+    console.print(f"Next: `{opens}` opens Dagster on http://localhost:3000.")
     if any(untried for *_, untried in failures):
         return ExitCode.FAILED  # a run ended early
     return ExitCode.SOME_FILES_FAILED if failures else ExitCode.DONE

@@ -1,9 +1,10 @@
-"""The MusiCNN music tagging networks, from the weights in the `musicnn` wheel, without TensorFlow.
+"""The MusiCNN music tagging networks, without TensorFlow.
 
-The wheel carries TensorFlow checkpoints of the networks its authors trained on the Million Song
-Dataset (``MSD_musicnn``) and on MagnaTagATune (``MTT_musicnn``). Here their variables are read
-from the checkpoint format itself and put into an ONNX graph, made in memory, that onnxruntime
-runs on one core: the workers are what runs in parallel.
+The `musicnn` package carries TensorFlow checkpoints of the networks its authors trained on the
+Million Song Dataset (``MSD_musicnn``) and on MagnaTagATune (``MTT_musicnn``); ``hatch_build.py``
+puts them into this project's own wheel. Here their variables are read from the checkpoint format
+itself and put into an ONNX graph, made in memory, that onnxruntime runs on one core: the workers
+are what runs in parallel.
 
 References
 ----------
@@ -50,6 +51,10 @@ _TABLE_FOOTER_SIZE = 48
 _DT_FLOAT = 1
 
 
+class WeightsError(Exception):
+    """A file of the weights is missing or damaged."""
+
+
 @dataclass(frozen=True)
 class Network:
     """A trained network, ready to run.
@@ -89,7 +94,7 @@ class Network:
 
 @cache
 def load_network(model: ModelName) -> Network:
-    """Load a network from the installed `musicnn` wheel, once for each process.
+    """Load a network from the installed weights, once for each process.
 
     Parameters
     ----------
@@ -98,14 +103,12 @@ def load_network(model: ModelName) -> Network:
 
     Raises
     ------
-    importlib.metadata.PackageNotFoundError
-        If the wheel is not installed.
-    RuntimeError
-        If a file of the wheel is missing or is not as the wheel recorded it.
+    WeightsError
+        If a file is missing or is not as this project's wheel recorded it.
     """
-    configuration = runpy.run_path(str(_wheel_file("configuration.py")))
+    configuration = runpy.run_path(str(_weights_file("configuration.py")))
     variables = read_checkpoint(
-        _wheel_file(f"{model}/.index"), _wheel_file(f"{model}/.data-00000-of-00001")
+        _weights_file(f"{model}/.index"), _weights_file(f"{model}/.data-00000-of-00001")
     )
     options = SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
@@ -117,20 +120,23 @@ def load_network(model: ModelName) -> Network:
     return Network(tuple(configuration[model.replace("musicnn", "LABELS")]), session)
 
 
-def _wheel_file(name: str) -> Path:
-    """Find a file of the package without importing it, and check it for damage.
+def _weights_file(name: str) -> Path:
+    """Find a file among the weights, and check it for damage.
 
-    Importing the package would import TensorFlow. The digest in the wheel's RECORD covers a whole
-    file, the checkpoints' own CRC-32C only a variable each, and is faster to compute here.
+    The digest in the wheel's RECORD covers a whole file, the checkpoints' own CRC-32C only a
+    variable each, and is faster to compute here.
     """
-    for file in distribution("musicnn").files or ():
-        if file.as_posix() == f"musicnn/{name}" and file.hash is not None:
+    for file in distribution("audio-assets").files or ():
+        if file.as_posix() == f"audio_assets_weights/{name}" and file.hash is not None:
             path = Path(str(file.locate()))
             content = path.read_bytes() if path.is_file() else b""
             digest = hashlib.new(file.hash.mode, content).digest()
             if urlsafe_b64encode(digest).rstrip(b"=").decode() == file.hash.value:
                 return path
-    raise RuntimeError(f"{name} of the musicnn wheel is missing or damaged: install musicnn again")
+    raise WeightsError(
+        f"{name} of MusiCNN's weights is missing or damaged: `audio-assets doctor` says how to "
+        "install them"
+    )
 
 
 # --- The checkpoint format: tensorflow/core/util/tensor_bundle ---------------------------------

@@ -2,10 +2,9 @@ import json
 import math
 import shutil
 import struct
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from importlib.metadata import distribution
+from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from audio_assets.audio.pcm import SAMPLE_RATE, Audio
 from audio_assets.features import musicnn
 from audio_assets.features.base import Row, check_row
 from audio_assets.features.musicnn import FEATURE_SET
-from audio_assets.features.musicnn_network import load_network, read_checkpoint
+from audio_assets.features.musicnn_network import WeightsError, load_network, read_checkpoint
 
 Extractor = Callable[[Audio], Row]
 
@@ -233,45 +232,43 @@ def test_silent_blocks_do_not_count() -> None:
 # --- The checkpoints ---------------------------------------------------------------------------
 
 
-def test_the_package_itself_is_not_imported() -> None:
-    load_network("MSD_musicnn")
-
-    assert not {"musicnn", "tensorflow"} & set(sys.modules)
-
-
 @pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The package's folder in a copy of the wheel that is found before the installed one."""
-    installed = Path(str(distribution("musicnn").locate_file("")))
-    for folder in ("musicnn", "musicnn-0.1.0.dist-info"):
+def weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of the weights, with this project's metadata, that is found before the installed."""
+    installed = Path(str(distribution("audio-assets").locate_file("")))
+    for folder in ("audio_assets_weights", f"audio_assets-{version('audio-assets')}.dist-info"):
         shutil.copytree(installed / folder, tmp_path / folder)
     monkeypatch.syspath_prepend(tmp_path)
     load_network.cache_clear()
-    yield tmp_path / "musicnn"
+    yield tmp_path / "audio_assets_weights"
     load_network.cache_clear()
 
 
-def test_a_network_comes_from_the_wheel_found_first(wheel: Path) -> None:
+def test_the_weights_have_their_licence(weights: Path) -> None:
+    assert "Permission to use, copy, modify" in (weights / "LICENSE.md").read_text("utf-8")
+
+
+def test_missing_weights_are_noticed(weights: Path) -> None:
     assert load_network("MSD_musicnn").tags[:2] == ("rock", "pop")
 
     load_network.cache_clear()
-    shutil.rmtree(wheel / "MSD_musicnn")
-    with pytest.raises(RuntimeError, match=r"MSD_musicnn/\.index of the musicnn wheel is missing"):
+    shutil.rmtree(weights / "MSD_musicnn")
+    with pytest.raises(WeightsError, match=r"MSD_musicnn/\.index of MusiCNN's weights is missing"):
         load_network("MSD_musicnn")
 
 
-def test_a_damaged_wheel_is_noticed(wheel: Path) -> None:
-    data = wheel / "MSD_musicnn" / ".data-00000-of-00001"
+def test_damaged_weights_are_noticed(weights: Path) -> None:
+    data = weights / "MSD_musicnn" / ".data-00000-of-00001"
     damaged = bytearray(data.read_bytes())
     damaged[4_000_000] ^= 1
     data.write_bytes(damaged)
 
-    with pytest.raises(RuntimeError, match="install musicnn again"):
+    with pytest.raises(WeightsError, match="damaged: `audio-assets doctor` says how"):
         load_network("MSD_musicnn")
 
 
 def test_the_trained_variables_are_read() -> None:
-    folder = Path(str(distribution("musicnn").locate_file("musicnn/MTT_musicnn")))
+    folder = Path(str(distribution("audio-assets").locate_file("audio_assets_weights/MTT_musicnn")))
 
     variables = read_checkpoint(folder / ".index", folder / ".data-00000-of-00001")
 

@@ -223,7 +223,6 @@ def _show_scan(roots: Mapping[str, Path], scan: "LibraryScan") -> None:
 def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
     """Show tracks and failed cells; return how the analysis ended."""
     from audio_assets.settings import CHECKOUT
-
     from audio_assets.warehouse.database import reading
 
     of_roots = "split_part(file_key, '/', 1) IN (SELECT unnest(?))"

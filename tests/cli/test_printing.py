@@ -87,7 +87,7 @@ def test_analyze_prints_any_name_in_a_locale_that_lacks_its_characters(
     assert done.returncode == 0, done.stdout + done.stderr
     assert r"[red]/:heart: \u2603 [b].wav" in done.stdout
     assert "dagster.io" not in done.stdout + done.stderr
-    project = PROJECT / "audio_assets" / "home" / "dagster.yaml"
+    project = PROJECT / "dagster_home" / "dagster.yaml"
     assert (home.path / "dagster.yaml").read_bytes() == project.read_bytes()
     open_to_others = [path for path in home.path.rglob("*") if path.stat().st_mode & 0o077]
     assert open_to_others == []

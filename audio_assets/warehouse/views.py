@@ -327,6 +327,18 @@ def _missing(feature_sets: Sequence[FeatureSet]) -> View:
     )
     select = f"""
         WITH present AS ({rows}),
+        absent AS (
+            SELECT file_key, feature_set, present.file_key IS NOT NULL AS is_outdated
+            FROM library.files AS files
+            CROSS JOIN (VALUES {names}) AS sets(feature_set)
+            LEFT JOIN present USING (file_key, feature_set)
+            WHERE NOT coalesce(files.gone, false)
+                AND (present.file_key IS NULL OR present.content_hash <> files.content_hash)
+        ),
+        tried AS (
+            SELECT attempts.* FROM robustness.attempts
+            SEMI JOIN absent USING (file_key, feature_set)
+        ),
         last AS (
             SELECT
                 file_key, feature_set,
@@ -335,11 +347,11 @@ def _missing(feature_sets: Sequence[FeatureSet]) -> View:
                 arg_max_null(error_type, row_id) AS error_type,
                 arg_max_null(started_at, row_id) AS started_at,
                 max(row_id) FILTER (outcome IN ('succeeded', 'reused')) AS success_id
-            FROM robustness.attempts GROUP BY ALL
+            FROM tried GROUP BY ALL
         ),
         failing AS (
-            SELECT file_key, feature_set, min(attempts.started_at) AS since
-            FROM robustness.attempts AS attempts JOIN last USING (file_key, feature_set)
+            SELECT file_key, feature_set, min(tried.started_at) AS since
+            FROM tried JOIN last USING (file_key, feature_set)
             WHERE success_id IS NULL OR row_id > success_id
             GROUP BY ALL
         )
@@ -348,7 +360,7 @@ def _missing(feature_sets: Sequence[FeatureSet]) -> View:
             CASE
                 WHEN outcome IN ('failed', 'given_up', 'deferred', 'skipped', 'quarantined')
                     THEN coalesce(regexp_replace(message, {literal(_VARYING)}, '', 'g'), outcome)
-                WHEN present.file_key IS NOT NULL THEN 'the file has changed since'
+                WHEN is_outdated THEN 'the file has changed since'
                 WHEN outcome IS NULL THEN 'never attempted'
                 ELSE 'its row is not in the landing'
             END AS reason,
@@ -356,13 +368,9 @@ def _missing(feature_sets: Sequence[FeatureSet]) -> View:
             last.outcome,
             last.error_type,
             last.started_at AS last_attempt
-        FROM library.files AS files
-        CROSS JOIN (VALUES {names}) AS sets(feature_set)
-        LEFT JOIN present USING (file_key, feature_set)
+        FROM absent
         LEFT JOIN last USING (file_key, feature_set)
         LEFT JOIN failing USING (file_key, feature_set)
-        WHERE NOT coalesce(files.gone, false)
-            AND (present.file_key IS NULL OR present.content_hash <> files.content_hash)
     """
     return View(
         "missing",

@@ -19,7 +19,6 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
 from rich.console import Console
-from rich.measure import Measurement
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -90,15 +89,36 @@ def print_table(
         if not console.is_terminal:
             _print_aligned(columns, cells, title)
         else:
-            heads = (Column(Text(_one_line(name)), overflow="fold") for name in columns)
-            table = Table(*heads, title=title, title_justify="left", box=SIMPLE_HEAD)
-            for row in cells:
-                table.add_row(*map(Text, row))
-            needed = Measurement.get(console, console.options.update(max_width=10**6), table)
-            if needed.minimum <= console.width:
-                console.print(table, soft_wrap=False)
-            else:
-                _print_records(columns, cells, title)
+            _print_to_terminal([_one_line(name) for name in columns], cells, title)
+
+
+def _print_to_terminal(columns: list[str], cells: list[list[str]], title: str | None) -> None:
+    by_column = list(zip(columns, *cells, strict=True))
+    # Words stay whole, also those of a name.
+    narrowest = [max(map(cell_len, " ".join(texts).split()), default=1) for texts in by_column]
+    spare = console.width - sum(narrowest) - 3 * (len(columns) - 1)
+    if spare < 0:
+        _print_records(columns, cells, title)
+        return
+    wanted = [
+        max(map(cell_len, texts)) - least for texts, least in zip(by_column, narrowest, strict=True)
+    ]
+    widths = list(narrowest)
+    for shared, i in enumerate(sorted(range(len(columns)), key=wanted.__getitem__)):
+        more = min(wanted[i], spare // (len(columns) - shared))
+        widths[i] += more
+        spare -= more
+    table = Table(
+        *(Column(Text(name), width=w) for name, w in zip(columns, widths, strict=True)),
+        title=title,
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console.print(table, soft_wrap=False)
 
 
 def records(columns: Sequence[str], rows: Rows) -> list[dict[str, object]]:
@@ -129,14 +149,14 @@ def _print_aligned(columns: Sequence[str], cells: list[list[str]], title: str | 
         print(_GAP.join(padded).rstrip())
 
 
-def _print_records(columns: Sequence[str], cells: list[list[str]], title: str | None) -> None:
+def _print_records(columns: list[str], cells: list[list[str]], title: str | None) -> None:
     if title:
         console.print(f"\n{title}", style="italic")
     for number, row in enumerate(cells, 1):
         record = Table.grid(Column(no_wrap=True), Column(overflow="fold"), padding=(0, 2))
         for name, value in zip(columns, row, strict=True):
-            record.add_row(Text(_one_line(name), "bold"), Text(value))
-        console.print(f"-- {number} " + "-" * 20, style="dim")
+            record.add_row(Text(name, "bold"), Text(value))
+        console.print(f"-- {number} " + "-" * 20, style="dim", highlight=False)
         console.print(record, soft_wrap=False)
 
 

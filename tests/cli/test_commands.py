@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pty
+import re
 import struct
 import subprocess
 import sys
@@ -95,12 +96,20 @@ def in_terminal(home: Home, width: int, *arguments: str) -> str:
         except OSError:  # the terminal's other end is closed
             pass
     os.close(main)
-    return printed.decode()
+    return re.sub(r"\x1b\[[\d;]*m", "", printed.decode())
 
 
 def test_a_table_that_cuts_no_word_is_a_table(published: Home) -> None:
     lines = in_terminal(published, 80, "query", "SELECT 1 AS one, 'two words' AS two").splitlines()
     assert any("one" in line and "two" in line for line in lines)
+
+
+def test_a_narrow_table_breaks_lines_between_words(published: Home) -> None:
+    sql = "SELECT 'Antidisestablishmentarianism' AS name, repeat('word ', 30) AS integrated_lufs"
+    lines = in_terminal(published, 60, "query", sql).splitlines()
+    assert any("Antidisestablishmentarianism" in line for line in lines)
+    assert any("integrated_lufs" in line for line in lines)
+    assert max(map(len, lines)) <= 60
 
 
 def test_a_table_too_wide_for_the_terminal_becomes_records(published: Home) -> None:

@@ -71,10 +71,12 @@ def test_every_cell_is_materialized_or_failed_and_dagster_agrees(
             failed = {key for key, status in by_file.items() if status == "FAILED"}
             assert rows == materialized
             assert rows | failed == set(by_file)
-            # The truncated file's tags can still be read; the text file has none.
-            faulty = {key_of(home, track) for track in tracks if track.fault}
-            assert failed <= faulty
-            assert len(failed) == (2 if FEATURE_SETS[name].reads_pcm else 1)
+            cut, text = (key_of(home, track) for track in tracks if track.fault)
+            assert failed == {text}
+            degraded = connection.execute(
+                f"SELECT file_key FROM features.{name} WHERE degraded IS NOT NULL"
+            ).fetchall()
+            assert degraded == [(cut,)]
 
 
 def test_known_tempo_and_key_are_found(analysed: tuple[Home, str]) -> None:
@@ -204,7 +206,7 @@ def test_queries_from_a_file_and_as_csv(analysed: tuple[Home, str], tmp_path: Pa
     done = home.cli("query", "--csv", "--file", str(sql))
     assert done.returncode == 0, done.stdout + done.stderr
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
-    assert len(rows) == 12
+    assert len(rows) == 13
     assert all(isinstance(json.loads(row["beats"])[0], float) for row in rows)
     done = home.cli("query", "")
     assert (done.returncode, done.stdout.strip()) == (2, "There is no SQL to run.")

@@ -2,12 +2,17 @@
 
 import importlib.util
 import logging
+import os
 import re
+import shlex
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from audio_assets.cli.app import app
 from robustness.adaptive_timeout import get_timeout_manager
 from robustness.circuit_breaker import get_circuit_breaker
 from robustness.error_classifier import ErrorType, RecoveryStrategy
@@ -66,3 +71,49 @@ def test_examples_run(capfd: pytest.CaptureFixture[str]) -> None:
     assert get_circuit_breaker("catalogue").get_stats()["success_count"] == 1
     assert get_timeout_manager().get_performance_stats("thumbnails")["samples"] == 1
     assert capfd.readouterr().out == ""
+
+
+DOCUMENTS = (PROJECT / "README.md", PROJECT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md")))
+
+
+def calls(program: str) -> list[list[str]]:
+    """Return the arguments of a program wherever the documents call it."""
+    found = []
+    for document in DOCUMENTS:
+        text = document.read_text("utf-8")
+        blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+        # Of a block, a command may have several lines within quotes.
+        found += re.findall(
+            rf"^(?:\.venv/bin/)?{program}\b((?:\"[^\"]*\"|[^\n])*)", "".join(blocks), re.MULTILINE
+        )
+        found += re.findall(rf"`(?:\.venv/bin/)?{program} ([^`]+)`", text)
+    return [shlex.split(arguments, comments=True) for arguments in found]
+
+
+@pytest.mark.usefixtures("fresh_process")
+def test_each_command_in_the_documents_is_one() -> None:
+    found = calls("audio-assets")
+    assert len(found) > 30
+    umask = os.umask(0o077)
+    for arguments in found:
+        done = CliRunner().invoke(app, [*arguments, "--help"])
+        assert done.exit_code == 0, (arguments, done.output)
+    os.umask(umask)
+
+
+@pytest.mark.parametrize(
+    ("program", "only_tried"),
+    [("make", ["make", "--dry-run"]), ("uv sync", [".venv/bin/uv", "sync", "--dry-run"])],
+)
+def test_each_target_and_extra_in_the_documents_is_there(
+    program: str, only_tried: list[str]
+) -> None:
+    found = calls(program)
+    assert found
+    lock = (PROJECT / "uv.lock").read_bytes()
+    for arguments in found:
+        done = subprocess.run(
+            [*only_tried, *arguments], cwd=PROJECT, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert (PROJECT / "uv.lock").read_bytes() == lock

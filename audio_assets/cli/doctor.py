@@ -17,9 +17,12 @@ from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, distribution, metadata, version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from packaging.requirements import Requirement
+
+if TYPE_CHECKING:
+    from dagster import DagsterInstance
 
 _PACKAGE = "audio-assets"
 
@@ -261,6 +264,9 @@ def _check_dagster() -> _Found:
             instance.get_runs(limit=1)
             partitions = len(instance.get_dynamic_partitions("audio_files"))
             limits = instance.get_concurrency_config()
+            _check_storage(instance)
+    except CheckError:
+        raise
     except Exception as error:  # noqa: BLE001 - Dagster and its storages raise many types
         raise CheckError(
             f"the instance in {home} does not load: {_first_line(error)}",
@@ -270,6 +276,25 @@ def _check_dagster() -> _Found:
     yield _ok(
         "Dagster", f"{home}, {partitions} partitions, extraction runs at a time: {pool or 'any'}"
     )
+
+
+def _check_storage(instance: "DagsterInstance") -> None:
+    """Check what else only a run would notice: an old schema, and PostgreSQL's driver."""
+    import sqlalchemy as sa
+
+    for storage in (instance.run_storage, instance.event_log_storage, instance.schedule_storage):
+        revision = storage and storage.alembic_version()
+        if revision and revision[0] != revision[1]:
+            raise CheckError(
+                f"its storage has schema {revision[0]}, not {revision[1]}",
+                f"DAGSTER_HOME={instance.root_directory} dagster instance migrate",
+            )
+    url = sa.make_url(getattr(instance.event_log_storage, "postgres_url", "sqlite://"))
+    if url.get_backend_name() == "postgresql" and url.get_driver_name() != "psycopg2":
+        raise CheckError(
+            f"SQLAlchemy takes {url.get_driver_name()} for its storage, which needs psycopg2",
+            "begin the storage's URL with postgresql+psycopg2://",
+        )
 
 
 def _check_state() -> _Found:

@@ -85,6 +85,34 @@ def test_invalid_settings_are_named(home: Home, variable: str, value: str) -> No
     assert finding.advice
 
 
+def test_packages_in_a_wrong_version_are_named(home: Home, tmp_path: Path) -> None:
+    # What is found first is what would be imported.
+    for name, version in (("av", "19.0.0"), ("numba", "0.1")):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        )
+    path = os.pathsep.join((str(tmp_path), str(PROJECT)))
+    (finding,) = check(home, "packages", {"PYTHONPATH": path})
+    assert finding.verdict is Verdict.FAILED
+    assert "av is 19.0.0, not <19" in finding.found
+    assert "numba is 0.1, not" in finding.found  # librosa needs it
+    assert finding.advice == "make clean && make run"
+
+
+def test_missing_weights_have_one_command(home: Home, tmp_path: Path) -> None:
+    (tmp_path / "audio_assets-0.0.dist-info").mkdir()
+    (tmp_path / "audio_assets-0.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: audio-assets\nVersion: 0.0\n"
+    )
+    path = os.pathsep.join((str(tmp_path), str(PROJECT)))
+    (finding,) = check(home, "models", {"PYTHONPATH": path})
+    assert finding.verdict is Verdict.FAILED
+    assert "MusiCNN's weights is missing" in finding.found
+    assert finding.advice == "make clean && make run"
+
+
 def test_report_is_complete_despite_invalid_settings(home: Home) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "audio_assets", "doctor"],

@@ -1,11 +1,13 @@
 """Every command makes Dagster's home safe, and names what is wrong with it in one sentence."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import Home
+from tests.conftest import PROJECT, Home
 
 
 def one_line(home: Home, *arguments: str, **variables: str) -> str:
@@ -33,6 +35,26 @@ def test_a_dagster_yaml_of_one_s_own_is_kept(home: Home) -> None:
     (home.path / "dagster.yaml").write_text("telemetry:\n  enabled: false\n")
     assert home.cli("prepare").returncode == 0
     assert (home.path / "dagster.yaml").read_text() == "telemetry:\n  enabled: false\n"
+
+
+def test_init_makes_a_home_that_commands_started_in_it_use(home: Home, tmp_path: Path) -> None:
+    place = tmp_path / "it's a home"
+    assert home.cli("init", str(place)).returncode == 0
+    assert {path.name for path in place.iterdir()} == {"dagster.yaml", "workspace.yaml", ".env"}
+    with (place / ".env").open("a") as file:
+        file.write("AUDIO_LIBRARY=/of/this/home\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "audio_assets", "scan"],
+        env=home.environment({"PYTHONPATH": str(PROJECT), "COLUMNS": "200"}),
+        cwd=place,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "/of/this/home" in done.stdout, done.stderr
+    assert (place / "landing").exists()
+    assert home.cli("init", str(place)).returncode == 0
+    assert "/of/this/home" in (place / ".env").read_text()
 
 
 @pytest.mark.parametrize(

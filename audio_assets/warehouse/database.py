@@ -27,6 +27,9 @@ from filelock import FileLock
 from audio_assets.library.files import fsync_folder
 from audio_assets.warehouse.schema import literal, quoted
 
+STORAGE_VERSION = "v1.0.0"
+"""Of the database: every DuckDB since then reads it, where the newest storage needs the newest."""
+
 
 @contextmanager
 def reading(path: Path) -> Iterator[DuckDBPyConnection]:
@@ -113,8 +116,12 @@ class DatabaseFile:
         return FileLock(self._hidden(".lock"))
 
     def is_as_published(self) -> bool:
-        """Return whether the present version can be opened, and nobody has written to it."""
+        """Return whether the present version is in `STORAGE_VERSION` and nobody has changed it."""
         return _is_as_published(self.path)
+
+    def building(self) -> DuckDBPyConnection:
+        """Open the next version for writing."""
+        return duckdb.connect(self.next, config={"storage_compatibility_version": STORAGE_VERSION})
 
     def starts(self, *, rebuild: bool) -> Iterator[str]:
         """Put a file to start from in the next version's place; continue if it is damaged.
@@ -154,7 +161,8 @@ class DatabaseFile:
         keep_present : bool
             Keep the present version as the previous one.
         """
-        modified = _modified_s(self.next)
+        with reading(self.next) as connection:
+            modified = _modified_s(connection)
         os.utime(self.next, (modified, modified))
         with self.next.open("rb") as file:
             os.fsync(file.fileno())
@@ -180,7 +188,13 @@ def _remove(path: Path) -> None:
 def _is_as_published(path: Path) -> bool:
     try:
         modified = path.stat().st_mtime_ns
-        return modified == _modified_s(path) * 10**9 and not _log(path).exists()
+        with reading(path) as connection:
+            published = modified == _modified_s(connection) * 10**9
+            [(storage,)] = connection.execute(
+                "SELECT tags['storage_version'] FROM duckdb_databases() "
+                "WHERE database_name = 'warehouse'"
+            ).fetchall()
+        return published and storage == f"{STORAGE_VERSION}+" and not _log(path).exists()
     except (OSError, ValueError, duckdb.Error):
         return False
 
@@ -189,15 +203,12 @@ def _log(path: Path) -> Path:
     return path.with_name(f"{path.name}.wal")
 
 
-def _modified_s(path: Path) -> int:
+def _modified_s(connection: DuckDBPyConnection) -> int:
     """Return the modification time that publishing gives a version: when it was published.
 
     It is an even second, which every file system can store, and a later write does not leave.
     """
-    with reading(path) as connection:
-        [(published_at,)] = connection.execute(
-            "SELECT published_at FROM publishing.version"
-        ).fetchall()
+    [(published_at,)] = connection.execute("SELECT published_at FROM publishing.version").fetchall()
     return int(published_at.timestamp()) // 2 * 2
 
 

@@ -97,8 +97,8 @@ class Publisher:
         Parameters
         ----------
         rebuild : bool, default False
-            Make it anew from the landing, as is always done if it cannot be opened or somebody
-            has written to it.
+            Make it anew from the landing, as is always done if it cannot be opened, somebody has
+            written to it, or its storage is of another version of DuckDB.
 
         Raises
         ------
@@ -116,8 +116,8 @@ class Publisher:
             rebuild = True
             if self._database.path.exists():
                 logger.warning(
-                    "%s is damaged, or was written to since it was published: it is made anew "
-                    "from the landing",
+                    "%s is damaged, was written to since it was published, or is of an earlier "
+                    "release: it is made anew from the landing",
                     self._database.path,
                 )
         version = None if rebuild else self._version_if_up_to_date()
@@ -159,7 +159,7 @@ class Publisher:
     def _build(self, start: str) -> tuple[PublishResult, dict[str, Collection[str]]]:
         """Complete the next version; return the result and the parts that may be merged."""
         result = PublishResult(published=True, start=start)
-        with duckdb.connect(self._database.next) as connection:
+        with self._database.building() as connection:
             connection.execute("SET TimeZone = 'UTC'")
             if start != "landing":
                 check_ledger(connection, digests=False)

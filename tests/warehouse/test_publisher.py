@@ -277,9 +277,12 @@ def test_a_database_that_was_written_to_is_made_anew(tmp_path: Path, damage: str
                 connection.execute("PRAGMA disable_checkpoint_on_shutdown")
                 connection.execute("DELETE FROM features.rhythm WHERE bpm < 1000")
         case "overwritten":
-            middle = path.stat().st_size // 2
+            with reading(path) as connection:
+                (block,) = connection.execute(
+                    "SELECT max(block_id) FROM pragma_storage_info('features.rhythm')"
+                ).fetchall()[0]
             with path.open("r+b") as file:
-                file.seek(middle)
+                file.seek(3 * 4096 + block * 2**18)  # after three headers
                 file.write(bytes(4096))
     result = publisher.publish()
     assert (result.start, result.version) == (("", 3) if damage == "none" else ("landing", 4))

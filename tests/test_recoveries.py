@@ -114,6 +114,8 @@ class Workbench:
     ) -> Result:
         """Materialize a feature set for all files, or those named, as a backfill's run does."""
         self._monkeypatch.setitem(FEATURE_SETS, feature_set.name, feature_set)
+        self._monkeypatch.setenv("AUDIO_LANDING", str(self.landing))
+        forget_state()
         defs = dg.Definitions(
             assets=[build_feature_asset(feature_set)],
             resources={
@@ -467,7 +469,7 @@ def test_unreadable_file(home: Home, tmp_path: Path) -> None:
     assert "bad.wav" in done.stdout
     assert "Permission denied" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
-    rows = home.cli("query", "--csv", "SELECT file_key FROM features.tracks WHERE bpm IS NOT NULL")
+    rows = home.cli("query", "--csv", "SELECT file_key FROM features.rhythm")
     assert "music/a.wav" in rows.stdout
     assert "bad.wav" not in rows.stdout
 

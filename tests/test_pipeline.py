@@ -171,7 +171,7 @@ def test_ctrl_c_ends_the_whole_command(home: Home, tmp_path: Path, *, waits: boo
     library = tmp_path / "music"
     library.mkdir()
     for number in range(6):
-        write_tone(library / f"{number}.wav", 200.0 + 50 * number, seconds=20.0)
+        write_tone(library / f"{number}.wav", 200.0 + 50 * number, seconds=120.0)  # not over soon
     home = replace(home, variables={"AUDIO_ASSETS_BATCH_SIZE": "2"})
     if waits:
         force_open = "get_circuit_breaker('feature:metadata').force_open()"

@@ -21,7 +21,7 @@ dev: $(DEV) ## Dagster's webserver and daemon on http://localhost:3000
 	umask $${AUDIO_ASSETS_UMASK:-077} && $(VENV)/bin/dagster dev --workspace workspace.yaml
 
 test: $(DEV) ## All tests, those of a file after one another
-	$(VENV)/bin/pytest --numprocesses 4 --dist loadfile \
+	$(VENV)/bin/pytest --numprocesses $$(($$(nproc) < 4 ? $$(nproc) + 1 : 4)) --dist loadfile \
 	    --no-loadscope-reorder
 
 test-pythons: $(PYTHON_TESTS) ## The installed wheel on each promised Python that can be found here

@@ -30,6 +30,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_faults(results: Path) -> None:
     command("faults", "--quick", "--systems", "product", "--results", str(results))
     found = json.loads((results / "faults.json").read_text())["systems"]["product"]

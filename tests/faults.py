@@ -61,6 +61,10 @@ def _call_number(audio: Audio) -> int:
     return number
 
 
+def implausible(audio: Audio) -> Row:
+    return {"value": -1.0} if _is_marked(audio) else sound(audio)
+
+
 def flaky(audio: Audio) -> Row:
     if _is_marked(audio) and _call_number(audio) < 3:
         raise RuntimeError("the library is in a bad mood")
@@ -167,7 +171,7 @@ def feature_set(
     return FeatureSet(
         name=name,
         description="A feature set that fails.",
-        columns=(Column("value", "DOUBLE", "Duration", "s"),),
+        columns=(Column("value", "DOUBLE", "Duration", "s", low=0),),
         licence="none",
         citation="none",
         extract=extract,  # type: ignore[arg-type]

@@ -23,12 +23,13 @@ import numpy as np
 import pytest
 import soundfile
 
+from audio_assets.audio.pcm import Audio
 from audio_assets.defs.assets import build_feature_asset
 from audio_assets.defs.partitions import asset_key
 from audio_assets.defs.registration import add_partitions
 from audio_assets.defs.resources import ExtractionResource
 from audio_assets.features import FEATURE_SETS
-from audio_assets.features.base import FeatureSet
+from audio_assets.features.base import FeatureSet, Row
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import feature_table, warehouse_tables
 from robustness.adaptive_timeout import get_timeout_manager
@@ -312,11 +313,18 @@ def test_audio_fallback_to_the_other_decoder(workbench: Workbench) -> None:
     assert result.of("bad.wav")[0]["error_type"] == "audio_processing"
 
 
-def test_audio_fallback_to_the_other_extractor(workbench: Workbench) -> None:
-    result = workbench.run(faults.feature_set("crashing", faults.segfault))
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [(faults.segfault, "SIGSEGV"), (faults.implausible, "value is -1, its range is ≥ 0")],
+)
+def test_audio_fallback_to_the_other_extractor(
+    workbench: Workbench, fault: Callable[[Audio], Row], said: str
+) -> None:
+    result = workbench.run(faults.feature_set("crashing", fault))
     assert_all_saved(result, "audio_fallback")
-    assert "SIGSEGV" in result.of("bad.wav")[0]["message"]
+    assert said in result.of("bad.wav")[0]["message"]
     assert result.rows["bad.wav"]["extractor"] == "alternative"
+    assert said in result.rows["bad.wav"]["degraded"]
 
 
 @pytest.mark.parametrize("extension", ["flac", "wav", "ogg", "mp3"])

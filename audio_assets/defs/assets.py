@@ -41,16 +41,9 @@ CANCELLATION_POLL_S = 2.0
 
 
 def column_schema(columns: Sequence[Column]) -> dg.TableSchema:
-    """Return a table's columns, with their units, as Dagster shows them."""
+    """Return a table's columns, with their ranges and units, as Dagster shows them."""
     return dg.TableSchema(
-        [
-            dg.TableColumn(
-                column.name,
-                column.type,
-                column.description + (f" ({column.unit})" if column.unit else ""),
-            )
-            for column in columns
-        ]
+        [dg.TableColumn(column.name, column.type, column.comment) for column in columns]
     )
 
 

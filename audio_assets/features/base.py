@@ -3,8 +3,9 @@
 import keyword
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ Row = dict[str, Any]
 Reads = Literal["pcm", "file", "decoding"]
 
 _ROUNDING = 1e-5
-"""By how much a number of 32 bits may leave its range."""
+"""By how much a number of 32 bits may leave its range, of a bound over 1 by this share."""
 
 _NUMBERS = {"TINYINT", "SMALLINT", "INTEGER", "BIGINT", "FLOAT", "DOUBLE"}
 _IDENTIFIER = re.compile(r"[a-z][a-z0-9_]*")
@@ -53,7 +54,7 @@ class Column:
         DuckDB type, for instance ``DOUBLE``, ``FLOAT[13]``, ``DOUBLE[]``,
         ``MAP(VARCHAR, FLOAT)``, ``VARCHAR``.
     description : str
-        What it is, with its value range.
+        What it is, without its unit and range.
     unit : str, optional
         Unit, for instance ``s``, ``Hz``, ``dB``, ``LUFS``.
     low, high : float, optional
@@ -67,6 +68,31 @@ class Column:
     low: float | None = None
     high: float | None = None
 
+    @property
+    def range(self) -> str | None:
+        """Its range in words, for instance ``0 to 1``."""
+        match self.low, self.high:
+            case None, None:
+                return None
+            case low, None:
+                return f"≥ {low:g}"
+            case None, high:
+                return f"≤ {high:g}"
+            case low, high:
+                return f"{low:g} to {high:g}"
+
+    @property
+    def comment(self) -> str:
+        """Its description with its range and unit."""
+        values = " ".join(filter(None, (self.range, self.unit)))
+        return f"{self.description} ({values})" if values else self.description
+
+    def has(self, number: float) -> bool:
+        """Return whether a number is finite and, but for rounding, in the range."""
+        low = -math.inf if self.low is None else self.low - _ROUNDING * max(1, abs(self.low))
+        high = math.inf if self.high is None else self.high + _ROUNDING * max(1, abs(self.high))
+        return math.isfinite(number) and low <= number <= high
+
 
 COMMON_COLUMNS = (
     Column("file_key", "VARCHAR", "The file: name of its root and path below it, escaped"),
@@ -78,7 +104,9 @@ COMMON_COLUMNS = (
     Column(
         "complete_share",
         "DOUBLE",
-        "Share of the length the file states that was analysed, 0 to 1; NULL if it states none",
+        "Share of the length the file states that was analysed; NULL if it states none",
+        low=0,
+        high=1,
     ),
     Column("degraded", "VARCHAR", "Why the values may differ from those of a sound file and run"),
     Column("degraded_since", "TIMESTAMPTZ", "Since when they may; NULL if they do not"),
@@ -229,10 +257,10 @@ def check_row(feature_set: FeatureSet, row: Mapping[str, Any], duration_s: float
         )
     for column in feature_set.columns:
         for number in _numbers(row[column.name]):
-            if not math.isfinite(number) or not _lowest(column) <= number <= _highest(column):
+            if not column.has(number):
                 raise ImplausibleValueError(
-                    f"{feature_set.name} is implausible: {column.name} is {number:.6g}, which must "
-                    f"be from {_lowest(column):g} to {_highest(column):g}"
+                    f"{feature_set.name} is implausible: {column.name} is {number:.6g}, its range "
+                    f"is {column.range or 'all finite numbers'}"
                 )
     if feature_set.contradiction and (found := feature_set.contradiction(row, duration_s)):
         raise ImplausibleValueError(f"{feature_set.name} is implausible: {found}")
@@ -240,20 +268,12 @@ def check_row(feature_set: FeatureSet, row: Mapping[str, Any], duration_s: float
 
 def _numbers(value: object) -> Iterator[float]:
     match value:
-        case bool():
+        case str() | bytes() | bool():
             return
-        case int() | float():
-            yield value
-        case list():
+        case Real():
+            yield float(value)
+        case Mapping():
+            yield from _numbers(value.values())
+        case Iterable():
             for element in value:
                 yield from _numbers(element)
-        case dict():
-            yield from _numbers(list(value.values()))
-
-
-def _lowest(column: Column) -> float:
-    return -math.inf if column.low is None else column.low - _ROUNDING
-
-
-def _highest(column: Column) -> float:
-    return math.inf if column.high is None else column.high + _ROUNDING

@@ -83,18 +83,18 @@ FEATURE_SET = FeatureSet(
         Column(
             "mean",
             "FLOAT[12]",
-            "Mean of each pitch class, A first (A, A#, ... G#), 0 to 1",
+            "Mean of each pitch class, A first (A, A#, ... G#)",
             low=0,
             high=1,
         ),
         Column(
             "std",
             "FLOAT[12]",
-            "Standard deviation of each pitch class, A first, 0 to 0.5",
+            "Standard deviation of each pitch class, A first",
             low=0,
             high=0.5,
         ),
-        Column("tuning_hz", "DOUBLE", "Frequency of the tuning tone A, 427 to 457", "Hz", 420, 460),
+        Column("tuning_hz", "DOUBLE", "Frequency of the tuning tone A", "Hz", 427, 457),
     ),
     licence="AGPL-3.0 (Essentia), ISC (librosa)",
     citation=(
@@ -109,4 +109,5 @@ FEATURE_SET = FeatureSet(
     headline="tuning_hz",
     plotted=("tuning_hz",),
     position=50,
+    code_version="2",
 )

@@ -89,9 +89,9 @@ FEATURE_SET = FeatureSet(
         Column(
             "danceability",
             "DOUBLE",
-            "0 to 10; the higher, the more danceable; music mostly stays below 3. NULL where the "
-            "level hardly fluctuates, as in tones",
-            low=0.0,
+            "The higher, the more danceable; music mostly stays below 3. NULL where the level "
+            "hardly fluctuates, as in tones",
+            low=0,
             high=_HIGHEST,
         ),
         Column(

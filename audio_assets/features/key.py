@@ -143,20 +143,14 @@ FEATURE_SET = FeatureSet(
         Column(
             "strength",
             "DOUBLE",
-            "Correlation with the key's profile, -1 to 1; noise reaches 0.8",
-            low=-1,
+            "Correlation with the key's profile; noise reaches 0.8",
+            low=0,
             high=1,
         ),
         Column("camelot", "VARCHAR", "Place on the Camelot wheel, 1A to 12B; neighbours mix well"),
         Column("second_key", "VARCHAR", "Tonic under the second profile"),
         Column("second_scale", "VARCHAR", "Scale under the second profile"),
-        Column(
-            "second_strength",
-            "DOUBLE",
-            "Correlation under the second profile, -1 to 1",
-            low=-1,
-            high=1,
-        ),
+        Column("second_strength", "DOUBLE", "Correlation under the second profile", low=0, high=1),
     ),
     licence="AGPL-3.0 (Essentia), ISC (librosa)",
     citation=(
@@ -173,4 +167,5 @@ FEATURE_SET = FeatureSet(
     headline="key",
     plotted=("strength", "second_strength"),
     position=40,
+    code_version="2",
 )

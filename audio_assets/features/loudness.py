@@ -31,6 +31,9 @@ _COMPLEXITY_FRAME_SECONDS = 0.2
 _COMPLEXITY_FRAME_SIZE = 2 * _STEP_SIZE
 _COMPLEXITY_FLOOR_DB = -100.0
 
+_LOUDEST_DB = 200
+"""Samples of 32-bit integers that were not scaled reach 187 dB."""
+
 _OVERSAMPLING = 4
 _PIECE = 64
 _REACH = _PIECE // 2  # samples to either side of an interpolated place that its filter reads
@@ -306,25 +309,32 @@ FEATURE_SET = FeatureSet(
         Column(
             "integrated_lufs",
             "DOUBLE",
-            "Integrated loudness, gated, -70 to about 0",
+            "Integrated loudness, gated; above 0 only where samples exceed full scale",
             "LUFS",
-            -70,
-            200,
+            _ABSOLUTE_GATE_LUFS,
+            _LOUDEST_DB,
         ),
-        Column("loudness_range_lu", "DOUBLE", "Loudness range, from 0; needs 3 s", "LU", 0, 200),
-        Column("momentary_max_lufs", "DOUBLE", "Largest loudness of 0.4 s", "LUFS"),
-        Column("short_term_max_lufs", "DOUBLE", "Largest loudness of 3 s", "LUFS"),
+        Column("loudness_range_lu", "DOUBLE", "Loudness range; needs 3 s", "LU", 0, _LOUDEST_DB),
+        Column(
+            "momentary_max_lufs", "DOUBLE", "Largest loudness of 0.4 s", "LUFS", high=_LOUDEST_DB
+        ),
+        Column(
+            "short_term_max_lufs", "DOUBLE", "Largest loudness of 3 s", "LUFS", high=_LOUDEST_DB
+        ),
         Column(
             "true_peak_dbtp",
             "DOUBLE",
             "Largest peak of the channels oversampled four times; above 0 it clips on playback",
             "dBTP",
+            high=_LOUDEST_DB,
         ),
         Column(
             "dynamic_complexity_db",
             "DOUBLE",
-            "Mean deviation of the level from the global level, 0 to about 45; needs 0.2 s",
+            "Mean deviation of the level from the global level, mostly below 45; needs 0.2 s",
             "dB",
+            0,
+            _LOUDEST_DB,
         ),
     ),
     licence="BSD-3-Clause (SciPy), AGPL-3.0 (Essentia)",

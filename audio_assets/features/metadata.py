@@ -110,12 +110,12 @@ def _properties(
     codec: str | None = None,
     container: str | None = None,
 ) -> Row:
-    """Return the columns; no property of audio is 0."""
+    """Return the columns; none is 0 or less."""
     return {
-        "duration_s": finite(duration_s or 0) or None,
-        "sample_rate": int(sample_rate or 0) or None,
-        "channels": int(channels or 0) or None,
-        "bit_rate": round(bit_rate or 0) or None,
+        "duration_s": finite(max(duration_s or 0, 0)) or None,
+        "sample_rate": int(max(sample_rate or 0, 0)) or None,
+        "channels": int(max(channels or 0, 0)) or None,
+        "bit_rate": round(max(bit_rate or 0, 0)) or None,
         "codec": codec,
         "container": _CONTAINERS.get(container, container) if container else None,
     }
@@ -196,20 +196,22 @@ FEATURE_SET = FeatureSet(
             "DOUBLE",
             "Length of the decoded audio; if it cannot be decoded, the length the file states",
             "s",
+            low=0,
         ),
-        Column("sample_rate", "INTEGER", "Sample rate", "Hz"),
-        Column("channels", "INTEGER", "Number of channels"),
+        Column("sample_rate", "INTEGER", "Sample rate", "Hz", low=1),
+        Column("channels", "INTEGER", "Number of channels", low=1),
         Column(
             "bit_rate",
             "BIGINT",
             "Bit rate of the audio alone; that of the whole file where the decoder gives no other",
             "bit/s",
+            low=1,
         ),
         Column(
             "codec", "VARCHAR", "Codec by FFmpeg's name, for instance mp3, vorbis, aac, pcm_s16le"
         ),
         Column("container", "VARCHAR", "Container, for instance mp3, ogg, wav, mp4"),
-        Column("file_size", "BIGINT", "Size of the file", "byte"),
+        Column("file_size", "BIGINT", "Size of the file", "byte", low=0),
         Column("mtime", "TIMESTAMP", "When the file was last modified, UTC"),
     ),
     licence="GPL-2.0-or-later (mutagen), BSD-3-Clause (PyAV)",

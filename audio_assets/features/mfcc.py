@@ -80,7 +80,7 @@ FEATURE_SET = FeatureSet(
             "others stay within about ±300",
             "dB",
         ),
-        Column("std", "FLOAT[13]", "Standard deviation of each coefficient, ≥ 0", "dB", low=0),
+        Column("std", "FLOAT[13]", "Standard deviation of each coefficient", "dB", low=0),
     ),
     licence="AGPL-3.0 (Essentia), ISC (librosa)",
     citation=(
@@ -95,4 +95,5 @@ FEATURE_SET = FeatureSet(
     picture=_picture,
     headline="mean",
     position=60,
+    code_version="2",
 )

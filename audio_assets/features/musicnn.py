@@ -214,36 +214,36 @@ FEATURE_SET = FeatureSet(
         Column(
             "msd_tags",
             "MAP(VARCHAR, FLOAT)",
-            "Mean activation, 0..1, of each of the 50 tags (genre, mood, era, voice) of the "
-            "network trained on MSD.",
+            "Mean activation of each of the 50 tags (genre, mood, era, voice) of the "
+            "network trained on MSD",
             low=0,
             high=1,
         ),
         Column(
             "mtt_tags",
             "MAP(VARCHAR, FLOAT)",
-            "Mean activation, 0..1, of each of the 50 tags (instrument, voice, genre, pace) of the "
-            "network trained on MTT.",
+            "Mean activation of each of the 50 tags (instrument, voice, genre, pace) of the "
+            "network trained on MTT",
             low=0,
             high=1,
         ),
         Column(
             "top_tags",
             "VARCHAR[]",
-            "The five MSD tags with the highest mean activation, highest first.",
+            "The five MSD tags with the highest mean activation, highest first",
         ),
-        Column("top_tag", "VARCHAR", "The MSD tag with the highest mean activation."),
+        Column("top_tag", "VARCHAR", "The MSD tag with the highest mean activation"),
         Column(
             "embedding",
             "FLOAT[200]",
             "Mean of the penultimate layer of the network trained on MSD; cosine distance is low "
-            "between recordings that are tagged alike.",
+            "between recordings that are tagged alike",
         ),
         Column(
             "patches",
             "INTEGER",
             "Patches of 3 s that the means are over, silent ones left out; 1 also for a file "
-            "shorter than a patch.",
+            "shorter than a patch",
             low=0,
         ),
     ),
@@ -261,5 +261,6 @@ FEATURE_SET = FeatureSet(
     headline="top_tag",
     plotted=("patches",),
     position=90,
+    code_version="2",
     kinds=frozenset({"python", "essentia", "onnx"}),
 )

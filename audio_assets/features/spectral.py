@@ -105,9 +105,10 @@ def _contrast(magnitudes: Samples) -> Frames:
 
 
 _RANGES = {
-    "centroid": (0, SAMPLE_RATE / 2),
-    "rolloff": (0, SAMPLE_RATE / 2),
-    "flatness": (-60, 0),
+    "centroid": (0, _NYQUIST),
+    "rolloff": (0, _NYQUIST),
+    "spread": (0, _NYQUIST / 2),
+    "flatness": (_FLATNESS_FLOOR_DB, 0),
     "zero_crossing_rate": (0, 1),
     "contrast": (-1, 0),
 }
@@ -135,18 +136,18 @@ def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
 
 def _columns() -> tuple[Column, ...]:
     described = {
-        "centroid": ("Centre of gravity of the magnitude spectrum, 0 to 22050", "Hz"),
-        "rolloff": ("Frequency below which 85 % of the energy lies, 0 to 22050", "Hz"),
+        "centroid": ("Centre of gravity of the magnitude spectrum", "Hz"),
+        "rolloff": ("Frequency below which 85 % of the energy lies", "Hz"),
         "spread": ("Bandwidth: standard deviation of the spectrum about its centroid", "Hz"),
-        "flux": ("L2 norm of the change of the magnitude spectrum between frames, ≥ 0", None),
+        "flux": ("L2 norm of the change of the magnitude spectrum between frames", None),
         "flatness": (
-            "Geometric over arithmetic mean of the energies of 27 Bark bands, -60 (tone) to 0",
+            "Geometric over arithmetic mean of the energies of 27 Bark bands; -60 is a tone",
             "dB",
         ),
-        "zero_crossing_rate": ("Share of samples at which the sign changes, 0 to 1", None),
+        "zero_crossing_rate": ("Share of samples at which the sign changes", None),
         "contrast": (
-            "Shape-based spectral contrast of six bands from 20 Hz to 11 kHz, -1 (flat) to 0; NULL "
-            "where samples far above full scale take it out of that",
+            "Shape-based spectral contrast of six bands from 20 Hz to 11 kHz; -1 is flat. NULL "
+            "where samples far above full scale take it out of its range",
             None,
         ),
     }
@@ -190,4 +191,5 @@ FEATURE_SET = FeatureSet(
     headline="centroid_mean",
     plotted=("centroid_mean", "rolloff_mean", "flux_mean", "flatness_mean"),
     position=70,
+    code_version="2",
 )

@@ -52,15 +52,19 @@ COLUMNS = (
     Column(
         "replaygain_track_gain_db",
         "DOUBLE",
-        "ReplayGain of the track as tagged, -100 to 100; NULL if the tag is no such number",
+        "ReplayGain of the track as tagged; NULL if the tag is no such number",
         "dB",
+        -100,
+        100,
     ),
     Column("publisher", "VARCHAR", "Publisher or label"),
     Column(
         "tagged_bpm",
         "DOUBLE",
-        "Tempo as tagged, 1 to 1000; NULL if the tag is no such number",
+        "Tempo as tagged; NULL if the tag is no such number",
         "BPM",
+        1,
+        1000,
     ),
     Column("tagged_key", "VARCHAR", "Musical key as tagged"),
     Column("encoder", "VARCHAR", "Program that encoded the file, as tagged"),
@@ -72,7 +76,7 @@ COLUMNS = (
     ),
 )
 
-_RANGES = {"replaygain_track_gain_db": (-100.0, 100.0), "tagged_bpm": (1.0, 1000.0)}
+_NUMERIC = {column.name: column for column in COLUMNS if column.type == "DOUBLE"}
 
 # The names of tags in ID3v2, Vorbis comments, APEv2, MP4, ASF and FFmpeg by column, best first.
 _NAMES = {
@@ -336,13 +340,12 @@ def _distinct(values: Iterable[str]) -> list[str]:
 
 def _value(column: str, texts: list[str]) -> str | float | None:
     """Return the value of a column; None where it must be a number and is none in its range."""
-    if column not in _RANGES:
+    if column not in _NUMERIC:
         return "; ".join(texts)[:_LONGEST_TEXT]
-    lowest, highest = _RANGES[column]
     numbers = (
         float(match[1].replace(",", ".")) for text in texts if (match := _NUMBER.fullmatch(text))
     )
-    return next((number for number in numbers if lowest <= number <= highest), None)
+    return next((number for number in numbers if _NUMERIC[column].has(number)), None)
 
 
 def _clean(text: str) -> str:

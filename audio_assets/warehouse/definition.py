@@ -92,8 +92,9 @@ def _comment(
     description: str,
     columns: Iterable[Column],
 ) -> None:
-    """Comment a table or view with its description, its columns with description and unit."""
+    """Comment a table or view with its description, its columns by `Column.comment`."""
     connection.execute(f"COMMENT ON {kind} {name} IS {literal(description)}")
     for column in columns:
-        text = f"{column.description} ({column.unit})" if column.unit else column.description
-        connection.execute(f"COMMENT ON COLUMN {name}.{quoted(column.name)} IS {literal(text)}")
+        connection.execute(
+            f"COMMENT ON COLUMN {name}.{quoted(column.name)} IS {literal(column.comment)}"
+        )

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from audio_assets.features.base import Column, FeatureSet
 from audio_assets.warehouse.schema import FILES, feature_table, literal, quoted
@@ -247,14 +247,10 @@ def _of_files(
         source = defined[column.feature_set, column.source]
         sql = column.sql.format(f"{quoted(column.feature_set)}.{quoted(column.source)}")
         selected.append(f"{sql} AS {quoted(column.name)}")
-        is_own = column.description is not None
         columns.append(
-            Column(
-                column.name,
-                source.type,
-                column.description or source.description,
-                column.unit if is_own else source.unit,
-            )
+            replace(source, name=column.name)
+            if column.description is None
+            else Column(column.name, source.type, column.description, column.unit)
         )
     if last:
         selected.append(last[0])

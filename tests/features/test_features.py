@@ -543,9 +543,11 @@ def test_feature_set_with_columns_that_do_not_fit_is_refused() -> None:
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"bpm": 5168.0}, "bpm is 5168, which must be from 35 to 213"),
+        ({"bpm": 5168.0}, "bpm is 5168, its range is 35 to 213"),
         ({"bpm": float("nan")}, "bpm is nan"),
+        ({"bpm": np.float32("nan")}, "bpm is nan"),
         ({"beats": [0.5, float("inf")]}, "beats is inf"),
+        ({"beats": np.array([-0.5, 0.5])}, "beats is -0.5, its range is ≥ 0"),
         ({"beats": [0.5, 1.0, 31.0]}, "a beat at 31.00 s is behind the end of the audio"),
         ({"beats": [1.0, 0.5, 2.0]}, "its beats are not in order"),
         ({"beats_count": 9}, "9 beats are said to be 3"),
@@ -563,6 +565,14 @@ def test_implausible_rows_are_refused(values: Row, said: str) -> None:
     sound["beats_count"] = len(values.get("beats", sound["beats"]))
     with pytest.raises(ImplausibleValueError, match=re.escape(said)):
         check_row(FEATURE_SETS["rhythm"], sound | values, 30.0)
+
+
+def test_comment_of_a_column_has_its_range_and_unit() -> None:
+    assert Column("a", "DOUBLE", "Tempo", "1/min", 35, 213).comment == "Tempo (35 to 213 1/min)"
+    assert Column("a", "DOUBLE", "Share", low=0, high=1).comment == "Share (0 to 1)"
+    assert Column("a", "DOUBLE[]", "Times", "s", low=0).comment == "Times (≥ 0 s)"
+    assert Column("a", "DOUBLE", "Peak", "dB", high=200).comment == "Peak (≤ 200 dB)"
+    assert Column("a", "VARCHAR", "Title").comment == "Title"
 
 
 def test_ranges_hold_for_lists_and_maps() -> None:

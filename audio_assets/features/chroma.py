@@ -6,7 +6,7 @@ import numpy as np
 
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
-from audio_assets.features.essentia_library import essentia, per_frame
+from audio_assets.features.essentia_library import Frames, essentia, per_frame
 from audio_assets.features.pictures import columns
 from audio_assets.features.statistics import is_silent, mean_and_std, pool_moments, weighted_mean
 
@@ -16,7 +16,9 @@ LOWEST_HZ = 40.0
 HIGHEST_HZ = 5000.0
 MAGNITUDE_THRESHOLD = 1e-5
 
-_SEMITONES_FROM_C_TO_A = 9
+_A_HZ = 440.0
+_SPLIT_HZ = 500.0
+"""Essentia scales the profiles below and above this before it adds them."""
 
 
 def _extract(audio: Audio) -> Row:
@@ -50,15 +52,42 @@ def _extract_alternative(audio: Audio) -> Row:
     samples = audio.mono()
     if is_silent(samples):
         return FEATURE_SET.empty_row
-    spectrum = np.abs(librosa.stft(samples, n_fft=FRAME_SIZE, hop_length=HOP_SIZE))
+    window = np.hanning(FRAME_SIZE)
+    # Essentia scales its windows to a sum of 2.
+    window *= 2 / window.sum()
+    spectrum = np.abs(librosa.stft(samples, n_fft=FRAME_SIZE, hop_length=HOP_SIZE, window=window))
     pitches, magnitudes = librosa.piptrack(
-        S=spectrum, sr=SAMPLE_RATE, fmin=LOWEST_HZ, fmax=HIGHEST_HZ
+        S=spectrum, sr=SAMPLE_RATE, fmin=LOWEST_HZ, fmax=HIGHEST_HZ, threshold=0
     )
-    strong = magnitudes > np.median(magnitudes[magnitudes > 0]) if magnitudes.any() else pitches > 0
+    magnitudes[magnitudes <= MAGNITUDE_THRESHOLD] = 0
+    loud = magnitudes[magnitudes > 0.1 * magnitudes.max(axis=0)]
+    strong = magnitudes > np.median(loud) if len(loud) else magnitudes > 0
     tuning = librosa.pitch_tuning(pitches[strong]) if strong.any() else 0.0
-    chroma = librosa.feature.chroma_stft(S=spectrum**2, sr=SAMPLE_RATE, tuning=tuning)
-    mean, std = mean_and_std(np.roll(chroma, -_SEMITONES_FROM_C_TO_A, axis=0).T)
-    return {"mean": mean, "std": std, "tuning_hz": 440.0 * 2 ** (float(tuning) / 12)}
+    low = pitches < _SPLIT_HZ
+    profiles = _profiles(pitches, magnitudes * low) + _profiles(pitches, magnitudes * ~low)
+    mean, std = mean_and_std(_scaled(profiles))
+    return {"mean": mean, "std": std, "tuning_hz": _A_HZ * 2 ** (float(tuning) / 12)}
+
+
+def _profiles(pitches: Samples, magnitudes: Samples) -> Frames:
+    """Return the pitch class profile of each frame's peaks (Gómez, 2006), from A, scaled.
+
+    Pitches (Hz) and magnitudes have the shape (bins, frames), the profiles (frames, 12).
+    """
+    bins, frames = np.nonzero(magnitudes)
+    semitones = 12 * np.log2(pitches[bins, frames] / _A_HZ)
+    nearest = np.rint(semitones)
+    energies = (magnitudes[bins, frames] * np.cos(np.pi * (semitones - nearest))) ** 2
+    classes = 12 * frames + (nearest % 12).astype(int)
+    sums = np.bincount(classes, energies, 12 * pitches.shape[1]).astype(np.float64)
+    return _scaled(sums.reshape(-1, 12))
+
+
+def _scaled(profiles: Frames) -> Frames:
+    """Scale each profile's largest value to 1."""
+    largest = profiles.max(axis=1, keepdims=True)
+    scaled: Frames = np.divide(profiles, largest, out=np.zeros_like(profiles), where=largest > 0)
+    return scaled
 
 
 def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:

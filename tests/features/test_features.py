@@ -239,8 +239,8 @@ class TestAlternative:
     def test_chroma(self, audio: Audio) -> None:
         primary, alternative = self.both("chroma", audio)
 
-        assert np.corrcoef(primary["mean"], alternative["mean"])[0, 1] > 0.8
-        assert np.argmax(primary["mean"]) == np.argmax(alternative["mean"])
+        np.testing.assert_allclose(alternative["mean"], primary["mean"], atol=0.05)
+        np.testing.assert_allclose(alternative["std"], primary["std"], atol=0.05)
         cents = 1200 * math.log2(alternative["tuning_hz"] / primary["tuning_hz"])
         assert abs(cents) < 15
 

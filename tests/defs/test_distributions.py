@@ -1,82 +1,104 @@
 """What the values of a whole table tell."""
 
-from collections.abc import Callable
+import random
+from typing import Any
 
 import duckdb
 import numpy as np
+import pyarrow as pa
 import pytest
 
-from audio_assets.defs.distributions import findings
+from audio_assets.defs import distributions
 from audio_assets.features import FEATURE_SETS
 from audio_assets.warehouse.schema import feature_table
+from tests.warehouse.rows import made_up
 
 FILES = 400
+PARTS = ("code_version", "extractor", "root")
 
 
-@pytest.fixture
-def table() -> Callable[..., list[str]]:
-    """Return what is found in a table of the rhythm or loudness of made-up files."""
-
-    def found(name: str, column: str, values: np.ndarray, **of: list[str]) -> list[str]:
-        feature_set = FEATURE_SETS[name]
-        with duckdb.connect() as connection:
-            columns = ", ".join(f'"{c.name}" {c.type}' for c in feature_table(feature_set).columns)
-            connection.execute(f"CREATE SCHEMA features; CREATE TABLE features.{name} ({columns})")
-            roots = of.get("roots", ["a"] * FILES)
-            versions = of.get("versions", ["1"] * FILES)
-            connection.executemany(
-                f"INSERT INTO features.{name} (file_key, extractor, code_version, {column}) "
-                "VALUES (?, 'essentia', ?, ?)",
-                [
-                    (f"{root}/{number}", version, value)
-                    for number, (root, version, value) in enumerate(
-                        zip(roots, versions, values.tolist(), strict=True)
-                    )
-                ],
-            )
-            return [text for text in findings(connection, feature_set) if "NULL in all" not in text]
-
-    return found
+def made_up_rows(name: str) -> list[dict[str, Any]]:
+    """Make up rows of which every fourth is of another code version, extractor and root."""
+    rng = random.Random(0)
+    rows = []
+    for number in range(FILES):
+        other = number % 4 == 0
+        row = made_up(FEATURE_SETS[name], f"{'ab'[other]}/{number}", rng)
+        rows.append(row | {"code_version": "12"[other], "extractor": ("x", "y")[other]})
+    return rows
 
 
-def tempi() -> np.ndarray:
-    return np.random.default_rng(0).lognormal(np.log(118), 0.22, FILES)
+def findings(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    table = feature_table(FEATURE_SETS[name])
+    columns = ", ".join(f'"{column.name}" {column.type}' for column in table.columns)
+    with duckdb.connect() as connection:
+        connection.execute(f"CREATE SCHEMA features; CREATE TABLE {table.sql_name} ({columns})")
+        values = pa.Table.from_pylist(rows)
+        connection.register("made_up", values)
+        connection.execute(f"INSERT INTO {table.sql_name} BY NAME FROM made_up")
+        return distributions.findings(connection, FEATURE_SETS[name])
 
 
-def loudness() -> np.ndarray:
-    return np.random.default_rng(0).normal(-11, 3, FILES)
-
-
-def in_turn(*values: str) -> list[str]:
-    return [values[number % len(values)] for number in range(FILES)]
-
-
-@pytest.mark.parametrize("parts", ["versions", "roots"])
-def test_a_random_split_is_no_finding(table: Callable[..., list[str]], parts: str) -> None:
-    for values, name, column in (
-        (tempi(), "rhythm", "bpm"),
-        (loudness(), "loudness", "integrated_lufs"),
-    ):
-        assert table(name, column, values, **{parts: in_turn("1", "2")}) == []
-
-
-def test_half_the_tempo_is_found(table: Callable[..., list[str]]) -> None:
-    values = tempi()
-    values[1::2] /= 2
-    found = table("rhythm", "bpm", values, versions=in_turn("1", "2"))
-    assert found[0].startswith("bpm of code version 1 differs from the others: distance 0.9")
-    assert found[0].endswith("200 and 200 files")
-
-
-def test_a_gain_is_found(table: Callable[..., list[str]]) -> None:
-    values = loudness()
-    values[1::2] += 6
-    found = table("loudness", "integrated_lufs", values, versions=in_turn("1", "2"))
-    assert found
-    assert "integrated_lufs" in found[0]
-
-
-def test_a_constant_column_is_found(table: Callable[..., list[str]]) -> None:
-    assert table("rhythm", "bpm", np.full(FILES, 120.0)) == [
-        "bpm is 120 in all 400 rows that have it"
+def of_one_part(rows: list[dict[str, Any]], part: str) -> list[dict[str, Any]]:
+    """Return rows that differ in one thing only."""
+    one = {"code_version": "1", "extractor": "x"}
+    one.pop(part, None)
+    return [
+        row | one | ({} if part == "root" else {"file_key": f"a/{number}"})
+        for number, row in enumerate(rows)
     ]
+
+
+@pytest.mark.parametrize("name", ["rhythm", "loudness", "mfcc"])
+def test_random_split_is_no_finding(name: str) -> None:
+    assert findings(name, made_up_rows(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("part", "said"),
+    [("code_version", "code version 2"), ("extractor", "extractor y"), ("root", "library root b")],
+)
+def test_half_the_tempo_is_found(part: str, said: str) -> None:
+    rows = of_one_part(made_up_rows("rhythm"), part)
+    tempi = np.random.default_rng(0).lognormal(np.log(118), 0.22, FILES)
+    for number, row in enumerate(rows):
+        row["bpm"] = tempi[number] / (2 if number % 4 == 0 else 1)
+    [found] = findings("rhythm", rows)
+    assert found.startswith(f"bpm of {said} differs from the others: median 5")
+    assert found.endswith("100 and 300 files")
+
+
+def test_gain_is_found() -> None:
+    rows = of_one_part(made_up_rows("loudness"), "code_version")
+    levels = np.random.default_rng(0).normal(-11, 3.5, FILES)
+    for number, row in enumerate(rows):
+        row["integrated_lufs"] = levels[number] + (6 if number % 4 == 0 else 0)
+    [found] = findings("loudness", rows)
+    assert found.startswith("integrated_lufs of code version 2 differs")
+
+
+def test_element_of_an_array_that_differs_is_named() -> None:
+    rows = of_one_part(made_up_rows("mfcc"), "extractor")
+    for row in rows[::4]:
+        row["mean"][2] += 1
+    [found] = findings("mfcc", rows)
+    assert found.startswith("mean[3] of extractor y differs from the others")
+
+
+def test_values_that_became_null_are_found() -> None:
+    rows = of_one_part(made_up_rows("rhythm"), "code_version")
+    for row in rows[: FILES * 3 // 4 : 4]:
+        row["bpm"] = None
+    [found] = findings("rhythm", rows)
+    assert found.startswith("bpm of code version 2 differs from the others: median NULL instead of")
+
+
+def test_constant_and_missing_columns_are_found() -> None:
+    rows = made_up_rows("rhythm")
+    for row in rows:
+        row |= {"bpm": 120.0, "beat_confidence": None}
+    assert findings("rhythm", rows) == [
+        "bpm is the same in all 400 files that have it",
+        "beat_confidence is NULL in 100% of 400 files",
+    ]
+    assert findings("rhythm", rows[:20]) == []

@@ -146,7 +146,7 @@ def test_complete_tables_pass(instance: dg.DagsterInstance) -> None:
     write_rows(KEYS)
     materialize(instance, KEYS)
     found = checks(run_stats(instance))
-    assert len(found) == 1 + 5 * len(FEATURE_SETS)
+    assert len(found) == 5 * len(FEATURE_SETS)  # metadata is not measured; runs have a check
     assert all(evaluation.passed for evaluation in found.values())
 
 
@@ -189,6 +189,14 @@ def test_degraded_rows_warn(instance: dg.DagsterInstance) -> None:
     assert not found.passed
     assert found.severity is dg.AssetCheckSeverity.WARN
     assert found.description == "2 of 4 rows are degraded; 1 of them are computed again"
+
+
+def test_constant_values_warn(instance: dg.DagsterInstance) -> None:
+    write_rows([f"music/{number}.flac" for number in range(30)])
+    found = checks(run_stats(instance))["rhythm", "distribution"]
+    assert not found.passed
+    assert found.severity is dg.AssetCheckSeverity.WARN
+    assert str(found.description).startswith("bpm is the same in all 30 files that have it; ")
 
 
 def test_materialized_file_without_a_row_is_an_error(instance: dg.DagsterInstance) -> None:

@@ -27,12 +27,13 @@ SAME, CLOSE = 0.02, 0.2
 
 HEAD = """# Primary and alternative extractors
 
-What `python -m benchmarks.extractors` found on {files} files: the synthesized sample
-library{more}. The *difference* is the median over files of the absolute difference between the two;
-the *spread* is the primary's between files (10th to 90th percentile). A column may be compared
-across extractors if the difference is under {same:.0%} of the spread, roughly so under {close:.0%}.
-Of text, the share of files with different values is given. The column `extractor` says which one
-made a row; rows of the alternative are in `features.degraded`.
+What `python -m benchmarks.extractors` found on {files} files: the synthesized sample library{more}.
+
+The *difference* is the median over files of the absolute difference between the two; the *spread*
+is the primary's between files (10th to 90th percentile). A column may be compared across extractors
+if the difference is under {same:.0%} of the spread, roughly so under {close:.0%}. Of text, the
+share of files with different values is given. The column `extractor` says which one made a row;
+rows of the alternative are in `features.degraded`.
 
 | column | primary, alternative | difference | spread | unit | comparable |
 | --- | --- | --- | --- | --- | --- |

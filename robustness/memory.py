@@ -12,6 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from robustness.settings import get_settings
+
 MIB = 1024 * 1024
 
 _PROC = Path("/proc")
@@ -62,10 +64,10 @@ def available_memory_mib() -> float:
 def worker_budget_mib(workers: int) -> float:
     """Memory budget (MiB) of each of several workers that run at once.
 
-    Together they get 80 % of `memory_limit_mib`; the rest is for the parent process, the page
-    cache and everything else.
+    It is ``WORKER_MEMORY_MIB`` if that is set. Otherwise together they get 80 % of
+    `memory_limit_mib`; the rest is for the parent process, the page cache and everything else.
     """
-    return memory_limit_mib() * 0.8 / workers
+    return get_settings().worker_memory_mib or memory_limit_mib() * 0.8 / workers
 
 
 def process_memory_mib(pid: int) -> float | None:

@@ -69,7 +69,7 @@ def decode(
     """Decode a file's audio to a NumPy array on disk, in bounded memory.
 
     The format is recognized by content, not by name. Of several audio streams the one that FFmpeg
-    rates best is decoded. What cannot be decoded is passed over, and told in the result.
+    rates best is decoded. What cannot be decoded is skipped, and reported in the result.
 
     Mono stays mono; more than two channels are mixed to stereo by the
     gains of Recommendation ITU-R BS.775-4, table 2 (front centre and surrounds -3 dB, rear centre
@@ -142,7 +142,7 @@ def _write(file: BinaryIO, target: Path, decoder: DecoderName, limits: Limits) -
             raise CorruptFileError(damage)
         if decoder == "av" and any(4 * stream.broken > stream.packets for stream in streams):
             # FFmpeg may take the codec for another one; if no other decoder knows it, "salvage"
-            # takes what there is.
+            # decodes what it can.
             raise DecoderError(damage)
         if writer.samples == 0:
             raise UnsupportedFormatError("holds no audio: not one sample could be decoded")

@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import BinaryIO, Literal, cast
 
 import av
@@ -186,7 +187,8 @@ def _open_links(file: Section, demuxer: str | None = None) -> Iterator[Stream]:
     stream: Stream | None = None
     for link in ogg_links(file):
         try:
-            yield from (stream := opened for opened in _open_with_av(link, demuxer))
+            for stream in _open_with_av(link, demuxer):
+                yield stream
         except AudioFileError as error:
             if stream is None:
                 raise
@@ -196,15 +198,10 @@ def _open_links(file: Section, demuxer: str | None = None) -> Iterator[Stream]:
 def _salvage(file: Section) -> Iterator[Stream]:
     """Open the first stream that begins behind other bytes, by its own demuxer alone."""
     first: AudioFileError | None = None
-    for section, known in list(streams_within(file))[:_MOST_STARTS]:
-        found = False
+    for section, known in islice(streams_within(file), _MOST_STARTS):
         try:
-            for stream in _open_links(section, known.demuxer):
-                found = True
-                yield stream
+            yield from _open_links(section, known.demuxer)
         except AudioFileError as error:
-            if found:
-                raise
             first = first or error
         else:
             return
@@ -221,8 +218,9 @@ class _AvStream(Stream):
             file,
             codec.codec.canonical_name,
             name,
-            _stated_by_av(file, container, stream),
-            is_protected=codec.codec_tag in ("drms", "enca") or is_protected_asf(file),
+            _stated_by_av(file, name, container, stream),
+            is_protected=codec.codec_tag in ("drms", "enca")
+            or (name == "asf" and is_protected_asf(file)),
         )
         self.size = 0
         self._container, self._stream = container, stream
@@ -307,9 +305,11 @@ def _open_with_av(file: Section, demuxer: str | None) -> Iterator[Stream]:
 
 
 def _stated_by_av(
-    file: Section, container: "av.container.InputContainer", stream: "av.AudioStream"
+    file: Section,
+    name: str,
+    container: "av.container.InputContainer",
+    stream: "av.AudioStream",
 ) -> float | None:
-    name = container.format.name.split(",")[0]
     seconds = float(stream.duration * (stream.time_base or 0)) if stream.duration else None
     if name == "mov":
         return seconds if stream.frames else None

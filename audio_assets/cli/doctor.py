@@ -461,11 +461,10 @@ def _check_memory() -> _Found:
 
     from audio_assets.settings import get_settings
     from robustness.memory import available_memory_mib, memory_limit_mib, worker_budget_mib
-    from robustness.settings import get_settings as get_robustness_settings
 
     workers = get_settings().workers
     machine, limit = psutil.virtual_memory().total / _MIB, memory_limit_mib()
-    budget = get_robustness_settings().worker_memory_mib or worker_budget_mib(workers)
+    budget = worker_budget_mib(workers)
     found = (
         f"{machine:.0f} MiB, {available_memory_mib():.0f} available"
         + (f", limited to {limit:.0f} by the control group" if limit < machine - 1 else "")

@@ -4,6 +4,8 @@ import fcntl
 import os
 from pathlib import Path
 
+from audio_assets.library.files import fsync_folder
+
 
 class LockedFile:
     """A new file with an exclusive ``flock``, which worker processes do not inherit.
@@ -27,7 +29,7 @@ class LockedFile:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             partial.rename(path)
-            _sync(path.parent)  # without the file the run would seem alive after a power cut
+            fsync_folder(path.parent)  # without the file the run would seem alive after a power cut
         except OSError:
             os.close(self._descriptor)
             partial.unlink(missing_ok=True)
@@ -55,11 +57,3 @@ def is_locked(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

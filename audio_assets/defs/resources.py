@@ -48,17 +48,16 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
         if context.run is None or context.log is None or context.instance is None:
             raise dg.DagsterInvariantViolationError("features are extracted in a run")
         run_id = context.run.run_id
-        settings = get_robustness_settings()
-        limit = settings.worker_memory_mib or worker_budget_mib(self.workers)
+        is_aware = get_robustness_settings().memory_aware
         with (
             log_to(context.log, run_id),
             machine_slot(context.instance, context.run, context.log),
             Scratch(Path(self.scratch), run_id, self.scratch_mib) as scratch,
             WorkerPool(
                 self.workers,
-                memory_limit_mib=limit if settings.memory_aware else None,
+                memory_limit_mib=worker_budget_mib(self.workers) if is_aware else None,
                 preload=("audio_assets.extraction.preload",),
-                memory_high=0.9 if settings.memory_aware else None,
+                memory_high=0.9 if is_aware else None,
             ) as pool,
         ):
             landing = open_landing()  # no field: Dagster would store a password in its URL

@@ -234,6 +234,11 @@ class Cell(Stage):
         self.leader, self.state = leader, StageState.FOLLOWING
         leader.followers.append(self.file)
 
+    def end_followers(self) -> None:
+        """End the followers' cells as this one ended."""
+        for follower in self.followers:
+            follower.cells[self.operation].state = StageState.DONE
+
     def follow_nobody(self) -> None:
         """Be computed for its own file."""
         if self.leader:

@@ -163,6 +163,7 @@ class Engine:
         self._outbox = Outbox(landing)
         self._results = Results(run_id, library, self._outbox)
         self._feature_sets: Sequence[FeatureSet] = ()
+        self._conditions: dict[str, dict[str, float | str]] = {}
         self._has_begun = False
         self._force = False
         self._ends_deferred = False
@@ -209,6 +210,7 @@ class Engine:
         if release:
             contents = {identity.content_hash for identity in known.values()}
             release_contents(contents, [feature_set.name for feature_set in feature_sets])
+        self._conditions = {s.name: conditions_of(s) for s in feature_sets}
         self._deferrals.waited_before_s = waited_before_s
         self._has_begun, self._force, self._feature_sets = True, force, feature_sets
         self._files = {key: FileWork(key, feature_sets, known.get(key)) for key in file_keys}
@@ -446,7 +448,10 @@ class Engine:
                 if row["code_version"] == feature_set.code_version:
                     rows[row["content_hash"]][row["file_key"]] = row
             quarantined = quarantine.check_many(
-                hashes, feature_set.name, feature_set.code_version, conditions_of(feature_set)
+                hashes,
+                feature_set.name,
+                feature_set.code_version,
+                self._conditions[feature_set.name],
             )
             known[feature_set.name] = Known(rows, quarantined)
         return known
@@ -530,8 +535,7 @@ class Engine:
         if isinstance(stage, Cell):
             file.block_s = stage.options.block_s or file.block_s
             self._results.computed(attempt, stage, cast("CellResult", result))
-            for follower in stage.followers:
-                follower.cells[stage.operation].state = StageState.DONE
+            stage.end_followers()
         elif stage.kind == DECODE:
             file.decode_s = attempt.measurement.seconds
         elif stage.kind == IDENTIFY:
@@ -594,8 +598,7 @@ class Engine:
             if cell.former:
                 cell.state = StageState.DONE
                 self._results.kept(cell, error)
-                for follower in cell.followers:
-                    follower.cells[cell.operation].state = StageState.DONE
+                cell.end_followers()
                 continue
             cell.error, cell.state = error, StageState.FAILED
             if was_tried:

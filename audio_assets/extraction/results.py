@@ -269,18 +269,8 @@ class Results:
             "degraded": degraded,
             **_retry(degraded is not None, is_passing, cell.former),
         }
-        self._outbox.add(feature_table(cell.feature_set).landing_name, cell.row)
-        self._outbox.report(
-            self._outcome(
-                cell,
-                file.key,
-                CellStatus.MATERIALIZED,
-                row=cell.row,
-                audio_s=(file.audio_s or 0.0) if cell.feature_set.reads_pcm else 0.0,
-            )
-        )
-        for follower in cell.followers:
-            self.copied(cell, follower.key, cell.row)
+        audio_s = (file.audio_s or 0.0) if cell.feature_set.reads_pcm else 0.0
+        self._ended_with(cell, cell.row, CellStatus.MATERIALIZED, audio_s)
 
     def _degradation(self, cell: Cell, extractor: str) -> tuple[str | None, bool]:
         """Return why a cell's values may differ from the best ones, and whether that may pass."""
@@ -313,10 +303,13 @@ class Results:
         assert cell.former is not None
         is_passing = not self._is_files_fault(cell, error)
         cell.row = {**cell.former, **_retry(True, is_passing, cell.former)}
-        self._outbox.add(feature_table(cell.feature_set).landing_name, cell.row)
-        self._outbox.report(self._outcome(cell, cell.file.key, CellStatus.REUSED, row=cell.row))
+        self._ended_with(cell, cell.row, CellStatus.REUSED)
+
+    def _ended_with(self, cell: Cell, row: Row, status: CellStatus, audio_s: float = 0.0) -> None:
+        self._outbox.add(feature_table(cell.feature_set).landing_name, row)
+        self._outbox.report(self._outcome(cell, cell.file.key, status, row=row, audio_s=audio_s))
         for follower in cell.followers:
-            self.copied(cell, follower.key, cell.row)
+            self.copied(cell, follower.key, row)
 
     def reused(self, cell: Cell, row: Row) -> None:
         """Report a cell whose row is up to date."""

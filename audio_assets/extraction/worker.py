@@ -188,17 +188,16 @@ def extract(
     else:
         function, name = feature_set.extract_alternative, feature_set.alternative
     with _unchanged(file):
-        duration_s: float | None = None
         if feature_set.reads_pcm:
-            duration_s = _audio(file).duration_s
-        if not feature_set.reads_pcm:
-            row = function(Audio.without_pcm(file.path, file.stamp, decoding))
-        elif block_s is None:
-            row = function(_audio(file))
+            audio = _audio(file)
         else:
-            row = _extract_in_blocks(_audio(file), function, block_s, feature_set.combine)
+            audio = Audio.without_pcm(file.path, file.stamp, decoding)
+        if block_s is None or not feature_set.reads_pcm:
+            row = function(audio)
+        else:
+            row = _extract_in_blocks(audio, function, block_s, feature_set.combine)
             name += "/blocks"
-    check_row(feature_set, row, duration_s)
+    check_row(feature_set, row, audio.duration_s if feature_set.reads_pcm else None)
     # A value that does not fit its column fails here, alone, and not a part with other rows.
     pa.Table.from_pylist([row], schema=_schema(tuple(feature_set.columns)))
     return CellResult(row, name)

@@ -47,11 +47,12 @@ def find_backlog(files: Sequence[FileEntry], landing: Landing) -> Backlog:
         Where the inventory and the computed cells are.
     """
     unchanged = unchanged_contents(files, landing)
+    conditions = {name: conditions_of(feature_set) for name, feature_set in FEATURE_SETS.items()}
     quarantined = {
         (cell.content_hash, name)
         for cell in Quarantine().list()
         if (name := cell.feature_set) in FEATURE_SETS
-        and cell.holds(FEATURE_SETS[name].code_version, conditions_of(FEATURE_SETS[name]))
+        and cell.holds(FEATURE_SETS[name].code_version, conditions[name])
     }
     to_compute: set[str] = set()
     not_done: set[str] = set()
@@ -83,15 +84,15 @@ def is_due(row: Row) -> bool:
 
 def conditions_of(feature_set: FeatureSet) -> dict[str, float | str]:
     """Return the limits and versions on which it depends whether a cell can be computed."""
-    limits, settings = get_robustness_settings(), get_settings()
-    memory_mib = limits.worker_memory_mib or worker_budget_mib(settings.workers)
+    limits = get_robustness_settings()
+    memory_mib = worker_budget_mib(get_settings().workers) if limits.memory_aware else math.inf
     versions: dict[str, float | str] = {}
     for name in ("av", feature_set.extractor, feature_set.alternative):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions | {
         ErrorType.TIMEOUT.value: limits.timeout_max_delay,
-        ErrorType.MEMORY.value: memory_mib if limits.memory_aware else math.inf,
+        ErrorType.MEMORY.value: memory_mib,
     }
 
 

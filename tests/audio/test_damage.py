@@ -269,5 +269,5 @@ def test_the_document_says_what_these_tests_show() -> None:
 
 def damage_shown(name: str) -> str:
     if name in NOISE_UNSEEN:
-        return "it cannot be told"
+        return "not detected"
     return "the rest may be lost" if name in LOSES_THE_REST else "it costs itself"

@@ -60,6 +60,7 @@ screenshots: $(DEV) ## Take the README's pictures anew
 
 bench-faults: $(BENCH) ## What faults cost, beside plain Dagster; LIBRARY as for run
 	LIBRARY="$(LIBRARY)" $(VENV)/bin/python -m benchmarks.faults
+	LIBRARY="$(LIBRARY)" $(VENV)/bin/python -m benchmarks.damage
 	$(VENV)/bin/python -m benchmarks.report
 
 bench-speed: $(BENCH) ## What the project costs, beside its bare algorithms and others

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from audio_assets.audio.decode import Limits
 from audio_assets.extraction.worker import FileRef, decode_file, extract
 from audio_assets.features.base import FeatureSet, Row
 from audio_assets.library.files import FileStamp
@@ -11,5 +12,5 @@ def extract_row(path: Path, feature_set: FeatureSet, pcm: Path) -> Row:
     """Extract a feature set, decoding the file to `pcm` first where that is needed."""
     file = FileRef(path, FileStamp.of(path.stat()), pcm)
     if feature_set.reads_pcm and not pcm.exists():
-        decode_file(file, "av")
+        decode_file(file, "av", Limits())
     return extract(file, feature_set, "primary", None).row

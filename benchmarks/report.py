@@ -156,6 +156,31 @@ def faults_section(results: Mapping[str, Any]) -> str:
     )
 
 
+def damage_section(results: Mapping[str, Any]) -> str:
+    """Return the section on damaged files."""
+    loop, product = results["systems"]["essentia_loop"], results["systems"]["product"]
+    rows = [
+        (damage, loop["cells_had_by_damage"][damage], had)
+        for damage, had in product["cells_had_by_damage"].items()
+    ]
+    rows += [
+        ("all", *(f"{s['cells_had']} of {s['cells_possible']}" for s in (loop, product))),
+        ("audio decoded", *(figure(s["seconds"] / 60, " min") for s in (loop, product))),
+        ("crashes and hangs", loop["crashes_or_hangs"], product["crashes_or_hangs"]),
+    ]
+    return "\n\n".join(
+        [
+            "## Damaged files",
+            f"`python -m benchmarks.damage`: {results['files']} files of "
+            f"{results['seconds_per_file']:g} s before their damage, cells computed of each.",
+            table(("", "Essentia in a loop", "this project"), rows),
+            "Without a cell in this project: "
+            + (", ".join(product["without_a_cell"]) or "no file")
+            + ".",
+        ]
+    )
+
+
 def compare_section(results: Mapping[str, Any]) -> str:
     """Return the section on speed beside others."""
     minutes = results["files"] * results["seconds_per_file"] / 60
@@ -333,6 +358,7 @@ def plot(found: Mapping[str, Mapping[str, Any]], images: Path) -> None:
 
 SECTIONS = {
     "faults": faults_section,
+    "damage": damage_section,
     "speed-compare": compare_section,
     "speed-orchestration": orchestration_section,
     "speed-layer": layer_section,

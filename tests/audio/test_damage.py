@@ -1,7 +1,6 @@
 """Damaged, cut, joined and padded files: what is decoded of them, and what is said of it."""
 
 import math
-import struct
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from audio_assets.audio.decode import Limits, decode
 from audio_assets.audio.errors import AudioFileError, CorruptFileError, UnsupportedFormatError
 from audio_assets.audio.pcm import SAMPLE_RATE, SourceInfo
 from audio_assets.library.formats import mpeg_frame
-from tests.audio.test_decode import encode
+from tests.audio.damage import AROUND, FORMATS, NOISE, encode, id3v2, overwritten
 from tests.conftest import PROJECT
 
 SECONDS = 8.0
@@ -20,34 +19,6 @@ TIME = np.arange(int(SECONDS * 48000)) / 48000
 SWEEP = np.stack([0.4 * np.sin((300 + 40 * TIME) * 6 * TIME), 0.2 * np.sin(2000 * TIME)], axis=1)
 SWEEP += np.random.default_rng(0).normal(0, 0.02, SWEEP.shape)
 
-# Codec, container, its options, and whether the file states its length.
-FORMATS: dict[str, tuple[str, str, dict[str, str], bool]] = {
-    "WAV, PCM": ("pcm_s16le", "wav", {}, True),
-    "RF64, PCM": ("pcm_s16le", "wav", {"rf64": "always"}, True),
-    "WAV, MS ADPCM": ("adpcm_ms", "wav", {}, True),
-    "WAV, MP3": ("libmp3lame", "wav", {}, True),
-    "Wave64, PCM": ("pcm_s16le", "w64", {}, True),
-    "AIFF, PCM": ("pcm_s16be", "aiff", {}, True),
-    "CAF, PCM": ("pcm_s16be", "caf", {}, True),
-    "AU, PCM": ("pcm_s16be", "au", {}, True),
-    "VOC, PCM": ("pcm_s16le", "voc", {}, False),
-    "FLAC": ("flac", "flac", {}, True),
-    "MP3 with Xing or VBRI header": ("libmp3lame", "mp3", {}, True),
-    "MP3 without": ("libmp3lame", "mp3", {"write_xing": "0"}, False),
-    "Ogg, Vorbis": ("vorbis", "ogg", {}, False),
-    "Ogg, Opus": ("libopus", "ogg", {}, False),
-    "Ogg, FLAC": ("flac", "ogg", {}, False),
-    "MP4, AAC": ("aac", "ipod", {"movflags": "faststart"}, True),
-    "MP4, ALAC": ("alac", "ipod", {"movflags": "faststart"}, True),
-    "MP4 in fragments, AAC": ("aac", "mp4", {"movflags": "frag_keyframe+empty_moov"}, False),
-    "Matroska, FLAC": ("flac", "matroska", {}, True),
-    "WebM, Opus": ("libopus", "webm", {}, True),
-    "ASF, WMA 2": ("wmav2", "asf", {}, True),
-    "ADTS, AAC": ("aac", "adts", {}, False),
-    "AC-3": ("ac3", "ac3", {}, False),
-    "WavPack": ("wavpack", "wv", {}, True),
-    "True Audio": ("tta", "tta", {}, True),
-}
 # An end that no structure of these proves, as a packet may end anywhere.
 CUT_UNSEEN = {"VOC, PCM", "AC-3"}
 # What is overwritten is decoded as it is: nothing in these has a checksum.
@@ -57,35 +28,6 @@ NOISE_UNSEEN = {name for name in FORMATS if name.endswith(", PCM")} | {"ADTS, AA
 LOSES_THE_REST = {"Matroska, FLAC", "WebM, Opus", "WavPack"}
 
 NO_LIMITS = Limits()
-
-NOISE = np.random.default_rng(1)
-
-
-def id3v2(title: bytes = b"hello") -> bytes:
-    frame = b"TIT2" + struct.pack(">I", len(title) + 1) + b"\0\0\0" + title
-    return b"ID3\x03\0\0\0\0\0" + bytes([len(frame)]) + frame
-
-
-def apev2() -> bytes:
-    item = struct.pack("<II", 5, 0) + b"Title\0hello"
-    size = len(item) + 32
-    header = b"APETAGEX" + struct.pack("<IIII", 2000, size, 1, 0xA0000000) + bytes(8)
-    return header + item + b"APETAGEX" + struct.pack("<IIII", 2000, size, 1, 0x80000000) + bytes(8)
-
-
-def overwritten(content: bytes) -> bytes:
-    size, middle = len(content) // 100, len(content) // 2
-    return content[:middle] + NOISE.bytes(size) + content[middle + size :]
-
-
-AROUND: dict[str, Callable[[bytes], bytes]] = {
-    "rubbish before": lambda content: NOISE.bytes(3000) + content,
-    "zeros before": lambda content: bytes(200_000) + content,
-    "rubbish behind": lambda content: content + NOISE.bytes(3000),
-    "zeros behind": lambda content: content + bytes(200_000),
-    "tags": lambda content: id3v2() + content + apev2() + b"TAG".ljust(128, b"\0"),
-    "two tags": lambda content: id3v2(b"a") + id3v2(b"b") + content,
-}
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import av
@@ -14,6 +13,7 @@ import soundfile
 from audio_assets.audio.decode import Limits, decode
 from audio_assets.audio.errors import CorruptFileError, UnsupportedFormatError
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
+from tests.audio.damage import encode
 
 SECONDS = 3.0
 TONE_HZ = 440.0
@@ -23,31 +23,6 @@ def tone(sample_rate: int = SAMPLE_RATE, channels: int = 2) -> Samples:
     time = np.arange(int(SECONDS * sample_rate)) / sample_rate
     gains = np.linspace(1, 0.5, channels)
     return (0.5 * gains * np.sin(2 * np.pi * TONE_HZ * time)[:, None]).astype(np.float32)
-
-
-def encode(
-    path: Path,
-    codec: str,
-    samples: Samples,
-    sample_rate: int = SAMPLE_RATE,
-    *,
-    container: str | None = None,
-    layout: str = "stereo",
-    options: Mapping[str, str] | None = None,
-) -> Path:
-    with av.open(str(path), "w", format=container, options=dict(options or {})) as output:
-        stream = output.add_stream(codec, rate=sample_rate, layout=layout)
-        stream.codec_context.options = {"strict": "experimental"}
-        if codec == "wmav2":
-            stream.bit_rate = 128_000
-        frame = av.AudioFrame.from_ndarray(
-            np.ascontiguousarray(samples).reshape(1, -1), format="flt", layout=layout
-        )
-        frame.sample_rate = sample_rate
-        frame.pts = 0
-        for packet in [*stream.encode(frame), *stream.encode(None)]:
-            output.mux(packet)
-    return path
 
 
 FORMATS = {

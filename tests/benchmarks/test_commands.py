@@ -40,6 +40,14 @@ def test_faults(results: Path) -> None:
 
 
 @pytest.mark.slow
+def test_damage(results: Path) -> None:
+    command("damage", "--quick", "--results", str(results))
+    systems = json.loads((results / "damage.json").read_text())["systems"]
+    assert systems["product"]["cells_had"] == systems["product"]["cells_possible"]
+    assert systems["essentia_loop"]["cells_had"] > 0
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # six runs of whole systems, one after the other
 @pytest.mark.parametrize("part", ["compare", "orchestration", "layer"])
 def test_speed(results: Path, part: str) -> None:
@@ -64,7 +72,7 @@ def test_speed(results: Path, part: str) -> None:
 @pytest.mark.slow
 def test_report_of_all_results(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the dependency group bench is not installed")
-    if len(list(results.iterdir())) < 4:
+    if len(list(results.iterdir())) < 5:
         pytest.skip("the commands before this one have not all run")
     command("report", "--results", str(results), "--docs", str(tmp_path))
     page = (tmp_path / "benchmarks.md").read_text()

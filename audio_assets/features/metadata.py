@@ -185,9 +185,8 @@ FEATURE_SET = FeatureSet(
     description=(
         "Tags (ID3, Vorbis comments, APEv2, MP4, ASF, RIFF INFO and others) and technical "
         "properties of the decoded audio. Of a file that cannot be decoded, the properties are "
-        "those its headers state. Several values of a tag are joined by '; ' except in the column "
-        f"tags. Pictures are left out, and so is what goes beyond {MOST_TAGS:,} tags or "
-        f"{LONGEST_TAGS:,} characters."
+        "those its headers state. Pictures are left out, and so is what goes beyond "
+        f"{MOST_TAGS:,} tags or {LONGEST_TAGS:,} characters."
     ),
     columns=(
         *COLUMNS,
@@ -225,6 +224,6 @@ FEATURE_SET = FeatureSet(
     alternative="av",
     reads="decoding",
     position=10,
-    code_version="2",
+    code_version="3",
     kinds=frozenset({"python", "mutagen"}),
 )

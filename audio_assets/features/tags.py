@@ -35,20 +35,28 @@ LONGEST_TAGS = 1 << 18
 
 _LARGEST_CUT_TAG = 16 << 20
 
+_MOST_VALUES = 100
+
 COLUMNS = (
     Column("title", "VARCHAR", "Title"),
-    Column("artist", "VARCHAR", "Artist"),
+    Column("artist", "VARCHAR", "First artist"),
+    Column("artists", "VARCHAR[]", "All artists"),
     Column("album", "VARCHAR", "Album"),
-    Column("album_artist", "VARCHAR", "Artist of the album"),
-    Column("genre", "VARCHAR", "Genre"),
+    Column("album_artist", "VARCHAR", "First artist of the album"),
+    Column("album_artists", "VARCHAR[]", "All artists of the album"),
+    Column("genre", "VARCHAR", "First genre"),
+    Column("genres", "VARCHAR[]", "All genres"),
     Column("date", "VARCHAR", "Date or year, as tagged"),
     Column("track", "VARCHAR", "Track number, or number/total"),
     Column("disc", "VARCHAR", "Disc number, or number/total"),
-    Column("composer", "VARCHAR", "Composer"),
-    Column("isrc", "VARCHAR", "International Standard Recording Code"),
+    Column("composer", "VARCHAR", "First composer"),
+    Column("composers", "VARCHAR[]", "All composers"),
+    Column("isrc", "VARCHAR", "First International Standard Recording Code"),
+    Column("isrcs", "VARCHAR[]", "All International Standard Recording Codes"),
     Column("musicbrainz_recording_id", "VARCHAR", "MusicBrainz identifier of the recording"),
     Column("musicbrainz_release_id", "VARCHAR", "MusicBrainz identifier of the release"),
-    Column("musicbrainz_artist_id", "VARCHAR", "MusicBrainz identifier of the artist"),
+    Column("musicbrainz_artist_id", "VARCHAR", "MusicBrainz identifier of the first artist"),
+    Column("musicbrainz_artist_ids", "VARCHAR[]", "MusicBrainz identifiers of all artists"),
     Column(
         "replaygain_track_gain_db",
         "DOUBLE",
@@ -57,7 +65,8 @@ COLUMNS = (
         -100,
         100,
     ),
-    Column("publisher", "VARCHAR", "Publisher or label"),
+    Column("publisher", "VARCHAR", "First publisher or label"),
+    Column("publishers", "VARCHAR[]", "All publishers and labels"),
     Column(
         "tagged_bpm",
         "DOUBLE",
@@ -71,12 +80,23 @@ COLUMNS = (
     Column(
         "tags",
         "VARCHAR",
-        "All other tags: a JSON object by lower-case name; each is a text, or a list of texts "
-        "where a tag has several values",
+        "All other tags, and those with more values than their column holds: a JSON object by "
+        "lower-case name; each is a text, or a list of texts where a tag has several values",
     ),
 )
 
 _NUMERIC = {column.name: column for column in COLUMNS if column.type == "DOUBLE"}
+
+_LISTS = {
+    "artist": "artists",
+    "album_artist": "album_artists",
+    "genre": "genres",
+    "composer": "composers",
+    "isrc": "isrcs",
+    "musicbrainz_artist_id": "musicbrainz_artist_ids",
+    "publisher": "publishers",
+}
+"""The column that has all values of a tag, by that of the first one."""
 
 # The names of tags in ID3v2, Vorbis comments, APEv2, MP4, ASF and FFmpeg by column, best first.
 _NAMES = {
@@ -299,7 +319,7 @@ def tag_columns(sources: Iterable[Tags]) -> Row:
     sources : iterable of Tags
         By precedence: a later one only adds what no earlier one has, under whatever name.
     """
-    row: Row = dict.fromkeys(_NAMES)
+    row: Row = dict.fromkeys((*_NAMES, *_LISTS.values()))
     others: dict[str, list[str]] = {}
     room, count = LONGEST_TAGS, MOST_TAGS
     seen: set[str] = set()
@@ -320,9 +340,11 @@ def tag_columns(sources: Iterable[Tags]) -> Row:
                 continue
             for name in marked:
                 if name in tags and (value := _value(column, tags[name])) is not None:
-                    row[column] = value
-                    texts = tags[name]
-                    tags = {n: t for n, t in tags.items() if n not in marked or t != texts}
+                    row[column], texts = value, tags[name]
+                    if column in _LISTS:
+                        row[_LISTS[column]] = texts[:_MOST_VALUES]
+                    if len(texts) <= (_MOST_VALUES if column in _LISTS else 1):
+                        tags = {n: t for n, t in tags.items() if n not in marked or t != texts}
                     break
         for name, texts in tags.items():
             size = len(name) + sum(map(len, texts))
@@ -341,7 +363,7 @@ def _distinct(values: Iterable[str]) -> list[str]:
 def _value(column: str, texts: list[str]) -> str | float | None:
     """Return the value of a column; None where it must be a number and is none in its range."""
     if column not in _NUMERIC:
-        return "; ".join(texts)[:_LONGEST_TEXT]
+        return texts[0]
     numbers = (
         float(match[1].replace(",", ".")) for text in texts if (match := _NUMBER.fullmatch(text))
     )

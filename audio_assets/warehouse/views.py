@@ -103,7 +103,7 @@ ACOUSTICBRAINZ = (
     _measured("metadata_audio_properties_codec", "metadata", "codec", "codec, by FFmpeg's name"),
     _measured("metadata_audio_properties_bit_rate", "metadata", "bit_rate", "bit rate", "bit/s"),
     *(
-        _measured(f"metadata_tags_{tag}", "metadata", source, f"tag {tag}; several joined by ;")
+        _measured(f"metadata_tags_{tag}", "metadata", source, f"tag {tag}, the first value")
         for tag, source in (
             ("title", "title"),
             ("artist", "artist"),

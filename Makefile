@@ -11,7 +11,7 @@ export DAGSTER_HOME ?= $(CURDIR)/dagster_home
 
 PYTHON_TESTS := $(PYTHONS:%=test-python-%)
 
-.PHONY: run dev test test-pythons dist fuzz $(PYTHON_TESTS) lint format screenshots bench-faults bench-speed clean
+.PHONY: run dev test test-pythons dist fuzz $(PYTHON_TESTS) lint format screenshots bench-accuracy bench-faults bench-speed clean
 
 run: $(DEV) ## Analyse LIBRARY, or a sample library made for the purpose
 	$(VENV)/bin/audio-assets analyze $(if $(LIBRARY),"$(LIBRARY)") || [ $$? -eq 3 ] # 3: some files failed
@@ -65,6 +65,10 @@ bench-faults: $(BENCH) ## What faults cost, beside plain Dagster; LIBRARY as for
 
 bench-speed: $(BENCH) ## What the project costs, beside its bare algorithms and others
 	LIBRARY="$(LIBRARY)" $(VENV)/bin/python -m benchmarks.speed
+	$(VENV)/bin/python -m benchmarks.report
+
+bench-accuracy: $(BENCH) ## How right the values are; ANNOTATIONS names a collection of your own
+	$(VENV)/bin/python -m benchmarks.accuracy $(if $(ANNOTATIONS),--annotations "$(ANNOTATIONS)")
 	$(VENV)/bin/python -m benchmarks.report
 
 clean: ## Remove the environments; results in dagster_home stay

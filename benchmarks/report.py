@@ -181,6 +181,45 @@ def damage_section(results: Mapping[str, Any]) -> str:
     )
 
 
+_PROGRAMS = {
+    "primary": "this project",
+    "alternative": "its alternatives",
+    "mixxx-analyzer": "mixxx-analyzer",
+    "sonara": "sonara",
+}
+_SCORES = {
+    "tempo": "tempo within 4 %",
+    "tempo_any_octave": "… or a multiple or fraction of it",
+    "beat_f_measure": "beats: F-measure",
+    "beat_cmlt": "beats: CMLt",
+    "beat_amlt": "beats: AMLt",
+    "key_score": "key: weighted score",
+    "tuning_error_cents": "tuning: median error (cents)",
+}
+
+
+def accuracy_section(results: Mapping[str, Any]) -> str:
+    """Return the section on values against a known truth."""
+    parts = ["## Accuracy", f"`make bench-accuracy`. {about(results)}"]
+    for collection, found in results["collections"].items():
+        names = list(found["scores"])
+        rows = [
+            (label, *(figure(found["scores"][name][score], digits=2) for name in names))
+            for score, label in _SCORES.items()
+        ]
+        header = (f"{collection}, {found['files']} files", *(_PROGRAMS[name] for name in names))
+        parts.append(table(header, rows))
+    parts.append("![Tempo found against the truth](images/benchmark-accuracy.svg)")
+    if errors := results.get("loudness_errors"):
+        rows = [
+            (signal, *(figure(errors[name][signal], digits=2) for name in errors))
+            for signal in errors["primary"]
+        ]
+        header = ("error of the EBU's test signals (LU or dB)", *(_PROGRAMS[n] for n in errors))
+        parts.append(table(header, rows))
+    return "\n\n".join(parts)
+
+
 def compare_section(results: Mapping[str, Any]) -> str:
     """Return the section on speed beside others."""
     minutes = results["files"] * results["seconds_per_file"] / 60
@@ -321,6 +360,19 @@ def plot(found: Mapping[str, Mapping[str, Any]], images: Path) -> None:
         pyplot.ylabel("cells computed")
         pyplot.legend(frameon=False)
         save("faults")
+    if "accuracy" in found:
+        tempi = found["accuracy"]["collections"]["synthesized"]["tempi"]
+        _, panels = pyplot.subplots(1, len(tempi), figsize=(2.4 * len(tempi), 2.6), sharey=True)
+        for panel, (name, pairs) in zip(panels, tempi.items(), strict=True):
+            truth, found_bpm = zip(*((t, f) for t, f in pairs if f), strict=True)
+            for factor in (0.5, 1, 2):
+                panel.plot([50, 200], [50 * factor, 200 * factor], color=_INK, linewidth=0.5)
+            panel.plot(truth, found_bpm, ".", color=_ACCENT, markersize=4)
+            panel.set_title(_PROGRAMS[name], fontsize="medium")
+            panel.set_xlabel("true bpm")
+            panel.set_ylim(30, 260)
+        panels[0].set_ylabel("bpm found")
+        save("accuracy")
     if "speed-compare" in found:
         parts = [
             (what, [(CONTESTANTS[n], n, systems[n]) for n in CONTESTANTS if n in systems])
@@ -359,6 +411,7 @@ def plot(found: Mapping[str, Mapping[str, Any]], images: Path) -> None:
 SECTIONS = {
     "faults": faults_section,
     "damage": damage_section,
+    "accuracy": accuracy_section,
     "speed-compare": compare_section,
     "speed-orchestration": orchestration_section,
     "speed-layer": layer_section,

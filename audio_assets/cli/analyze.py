@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from audio_assets.definitions import defs
-from audio_assets.defs.jobs import all_features
+from audio_assets.defs.jobs import all_features, robustness_stats
 from audio_assets.defs.machine_slot import runs_ahead
 from audio_assets.defs.partitions import ANALYZE, FORCE_TAG, PARTITIONS, batch_tags, batches
 from audio_assets.defs.run_liveness import RunLock
@@ -37,6 +37,9 @@ CELL_EVENTS = {
 
 NO_RETRIES = {"dagster/max_retries": "0"}
 """Dagster's daemon cannot retry a run that it did not launch."""
+
+
+_QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
 def run_batches(
@@ -72,7 +75,7 @@ def run_batches(
             instance=instance,
             run_id=run_id,
             raise_on_error=False,
-            run_config={"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}},
+            run_config=_QUIET,
             tags=batch_tags(batch, ANALYZE) | NO_RETRIES | lock.tag | tags,
         )
 
@@ -102,6 +105,15 @@ def run_batches(
             if interrupted.is_set():
                 raise KeyboardInterrupt
     record_ended_runs(instance, get_settings().warehouse, landing)
+    if ranges:
+        _report(instance)
+
+
+def _report(instance: dg.DagsterInstance) -> None:
+    """Publish, and have Dagster show the figures and the checks of what is published."""
+    defs.resolve_job_def(robustness_stats.name).execute_in_process(
+        instance=instance, raise_on_error=False, run_config=_QUIET, tags=NO_RETRIES
+    )
 
 
 def _cancel(instance: dg.DagsterInstance, run_id: str) -> None:

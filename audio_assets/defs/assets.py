@@ -5,7 +5,14 @@ from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
-from audio_assets.defs.cell_events import failure, materialization, observation
+from audio_assets.defs.cell_events import (
+    StepFailedError,
+    failure,
+    materialization,
+    observation,
+    retry_link,
+)
+from audio_assets.defs.library_files import LIBRARY_FILES
 from audio_assets.defs.long_waits import end_long_wait, waited_before_s
 from audio_assets.defs.partitions import (
     FORCE_TAG,
@@ -73,6 +80,7 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
                 tags={"feature_set": feature_set.name},
                 code_version=feature_set.code_version,
                 partitions_def=audio_files,
+                deps=[LIBRARY_FILES],
                 skippable=True,
                 metadata={
                     "dagster/table_name": f"features.{feature_set.name}",
@@ -106,21 +114,18 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
                 waited_before_s=waited_before_s(context.run),
             )
             for outcome in engine.drive(feature_set.name, hold_s=policy.time_left, check=check):
-                context.log_event(_event(outcome))
+                context.log_event(_event(outcome, context.run))
                 progress.show()
         except (DeferredError, dg.Failure):
             raise
         except (LandingError, WorkerStartError) as error:  # a fault of the installation
-            raise dg.Failure(
-                description=f"{error}. `audio-assets doctor` says what to do", allow_retries=False
-            ) from error
+            raise StepFailedError(f"{error}. `audio-assets doctor` says what to do") from error
         except Exception as error:
             failing_s = engine.failing_for(feature_set.name)
             if failing_s < get_robustness_settings().retry_total_seconds:
                 raise
-            raise dg.Failure(
-                description=f"Given up after {failing_s:.0f} s of retries: {error}",
-                allow_retries=False,
+            raise StepFailedError(
+                f"Given up after {failing_s:.0f} s of retries: {error}"
             ) from error
         if failed := engine.failed(feature_set.name):
             raise failure(failed, len(file_keys))
@@ -140,10 +145,12 @@ def _feature_sets_of(context: dg.AssetExecutionContext) -> list[FeatureSet]:
     ]
 
 
-def _event(outcome: CellOutcome) -> dg.AssetMaterialization | dg.AssetObservation:
+def _event(
+    outcome: CellOutcome, run: dg.DagsterRun
+) -> dg.AssetMaterialization | dg.AssetObservation:
     key = asset_key(outcome.feature_set)
     if outcome.status is CellStatus.FAILED:
-        return observation(key, outcome)
+        return observation(key, outcome, retry_link(run))
     return materialization(key, FEATURE_SETS[outcome.feature_set], outcome)
 
 

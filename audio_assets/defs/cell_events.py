@@ -3,9 +3,11 @@
 import hashlib
 import logging
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import dagster as dg
+from dagster._core.errors import DagsterUserCodeProcessError  # see StepFailedError
+from dagster_shared.error import SerializableErrorInfo
 
 from audio_assets.extraction.cells import CellOutcome
 from audio_assets.features.base import FeatureSet, Row
@@ -103,7 +105,16 @@ def _float(value: float) -> dg.MetadataValue:
     return dg.MetadataValue.float(float(four_digits(value)))
 
 
-def observation(key: dg.AssetKey, outcome: CellOutcome) -> dg.AssetObservation:
+def retry_link(run: dg.DagsterRun) -> dg.UrlMetadataValue:
+    """Return a link to the job that retries failed cells, in the code location of a run."""
+    origin = run.remote_job_origin
+    location = origin.location_name if origin else "audio_assets"
+    return dg.MetadataValue.url(f"/locations/{location}/jobs/retry_failed")
+
+
+def observation(
+    key: dg.AssetKey, outcome: CellOutcome, retry: dg.UrlMetadataValue
+) -> dg.AssetObservation:
     """Return the observation of a failed cell: what happened and what to do.
 
     Parameters
@@ -112,17 +123,20 @@ def observation(key: dg.AssetKey, outcome: CellOutcome) -> dg.AssetObservation:
         The feature set's asset.
     outcome : CellOutcome
         An outcome with an error.
+    retry : UrlMetadataValue
+        See `retry_link`.
     """
     error = error_of(outcome)
     metadata: dict[str, dg.MetadataValue] = {
         "reason": dg.MetadataValue.text(printable(error.message)),
         "error_type": dg.MetadataValue.text(error.error_type.value),
         "severity": dg.MetadataValue.text(error.severity.value),
-        "what_to_do": dg.MetadataValue.text(advice(error, outcome.file_key)),
+        "what_to_do": dg.MetadataValue.text(advice(error.error_type, outcome.file_key)),
+        "retry": retry,
         "recoveries": dg.MetadataValue.text(", ".join(outcome.recoveries) or "none"),
     }
     if outcome.history:
-        metadata["attempts"] = _table(
+        metadata["attempts"] = records_table(
             [
                 {name: _shown(attempt.get(name)) for name in _ATTEMPT_COLUMNS}
                 for attempt in outcome.history
@@ -142,12 +156,12 @@ def _shown(value: object) -> object:
     return float(four_digits(value)) if isinstance(value, float) else value
 
 
-def advice(error: ErrorInfo, file_key: str) -> str:
+def advice(error_type: ErrorType | None, file_key: str) -> str:
     """Return what a person can do about a failed cell.
 
     Parameters
     ----------
-    error : ErrorInfo
+    error_type : ErrorType or None
         Why it failed.
     file_key : str
         The file.
@@ -157,7 +171,8 @@ def advice(error: ErrorInfo, file_key: str) -> str:
         f"To retry the file as it is: {release}, then materialize this partition; or launch the "
         "job retry_failed for it, which does both."
     )
-    return f"{_ADVICE.get(error.error_type, '')} {again}".lstrip()
+    hint = _ADVICE.get(error_type, "") if error_type else ""
+    return f"{hint} {again}".lstrip()
 
 
 def error_of(outcome: CellOutcome) -> ErrorInfo:
@@ -173,7 +188,30 @@ def error_of(outcome: CellOutcome) -> ErrorInfo:
     return outcome.error
 
 
-def failure(failed: Sequence[CellOutcome], total: int) -> dg.Failure:
+class StepFailedError(DagsterUserCodeProcessError, dg.Failure):
+    """A failure whose reason is known: Dagster shows its description, and no stack trace.
+
+    Dagster takes the error of a `DagsterUserCodeProcessError` as it is; other failures get the
+    stack of the ops around them.
+
+    Parameters
+    ----------
+    description : str
+        What failed, why, and what to do.
+    metadata : mapping of str to MetadataValue, optional
+        Shown below it.
+    """
+
+    def __init__(
+        self, description: str, metadata: Mapping[str, dg.MetadataValue] | None = None
+    ) -> None:
+        error = SerializableErrorInfo(f"{description}\n", [], None)
+        super().__init__(  # type: ignore[no-untyped-call]
+            description, metadata, False, user_code_process_error_infos=[error]
+        )
+
+
+def failure(failed: Sequence[CellOutcome], total: int) -> StepFailedError:
     """Return the failure of a step, with the files that failed and why.
 
     Parameters
@@ -187,10 +225,10 @@ def failure(failed: Sequence[CellOutcome], total: int) -> dg.Failure:
         f"{cell.file_key}: {printable(error_of(cell).message)}" for cell in failed[:FAILURES_NAMED]
     ]
     more = [f"and {len(failed) - FAILURES_NAMED} more"] if len(failed) > FAILURES_NAMED else []
-    return dg.Failure(
-        description="\n".join([f"{len(failed)} of {total} files failed", *named, *more]),
+    return StepFailedError(
+        "\n".join([f"{len(failed)} of {total} files failed", *named, *more]),
         metadata={
-            "failed_files": _table(
+            "failed_files": records_table(
                 [
                     {
                         "file": cell.file_key,
@@ -201,11 +239,11 @@ def failure(failed: Sequence[CellOutcome], total: int) -> dg.Failure:
                 ]
             )
         },
-        allow_retries=False,
     )
 
 
-def _table(records: Sequence[Row]) -> dg.TableMetadataValue:
+def records_table(records: Sequence[Row]) -> dg.TableMetadataValue:
+    """Return records that have the same keys as a table."""
     return dg.TableMetadataValue(
         records=[dg.TableRecord(record) for record in records],
         schema=dg.TableSchema([dg.TableColumn(name) for name in records[0]]),

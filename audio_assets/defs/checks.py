@@ -1,5 +1,6 @@
 """Asset checks of the published tables, of their rows and values, and of the success rate."""
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from typing import Any
 import dagster as dg
 from duckdb import DuckDBPyConnection
 
+from audio_assets.defs.cell_events import advice, records_table, retry_link
 from audio_assets.defs.distributions import findings
 from audio_assets.defs.partitions import asset_key
 from audio_assets.defs.robustness_tables import (
@@ -19,11 +21,14 @@ from audio_assets.defs.robustness_tables import (
 )
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
+from audio_assets.library.text import printable
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
 from audio_assets.warehouse.database import reading
+from audio_assets.warehouse.ingest import recorded_parts
 from audio_assets.warehouse.landing import CorruptPartError, Landing, written_at
 from audio_assets.warehouse.schema import RUNS, Table, feature_table, quoted
+from robustness.error_classifier import ErrorType
 
 MIN_SUCCESS_RATE = 0.95
 """The check `success_rate` warns unless more than this share of the cells succeeded."""
@@ -33,6 +38,7 @@ MAX_LAG = timedelta(minutes=5)
 
 FILES_NAMED = 5
 FINDINGS_SHOWN = 5
+FAILURES_SHOWN = 100
 
 
 @dataclass
@@ -67,7 +73,11 @@ class _Cells:
             for feature_set in FEATURE_SETS.values()
             for name, description in (
                 ("finite", "No value in the table is NaN or infinite"),
-                ("complete", "The table has a row for each materialized file, and no other row"),
+                (
+                    "complete",
+                    "Each file has a row, or was never tried; each row is materialized, and no "
+                    "other file. Lists the files that failed, why, and what to do",
+                ),
                 ("fresh", "The table has all rows that were written more than five minutes ago"),
                 ("degraded", "No row is degraded: see the view features.degraded"),
                 (
@@ -110,7 +120,9 @@ def published_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.Asse
                         context.instance, connection, landing, feature_set,
                         materialized[feature_set.name], asked_at,
                     )  # fmt: skip
-                    result = _check_complete(connection, feature_set, cells)
+                    result = _check_complete(
+                        connection, feature_set, cells, retry_link(context.run)
+                    )
                 case "fresh", FeatureSet():
                     result = _check_fresh(connection, landing, feature_set)
                 case "degraded", FeatureSet():
@@ -232,14 +244,24 @@ def _ended_before(instance: dg.DagsterInstance, run_ids: set[str], moment: datet
 
 
 def _check_complete(
-    connection: DuckDBPyConnection, feature_set: FeatureSet, cells: _Cells
+    connection: DuckDBPyConnection,
+    feature_set: FeatureSet,
+    cells: _Cells,
+    retry: dg.UrlMetadataValue,
 ) -> dg.AssetCheckResult:
-    """Compare rows and materializations: no row is an error, no materialization a warning."""
-    damaged = connection.execute(
-        "SELECT part FROM publishing.parts WHERE damaged AND landing_table = ?",
-        [feature_table(feature_set).landing_name],
+    """Report failed files, and compare rows and materializations.
+
+    A materialized file without a row is an error; anything else is a warning.
+    """
+    parts = recorded_parts(connection, feature_table(feature_set))
+    failed = connection.execute(
+        "SELECT file_key, reason, error_type FROM features.missing "
+        "WHERE feature_set = ? AND outcome IN ('failed', 'given_up', 'skipped', 'quarantined') "
+        "ORDER BY file_key",
+        [feature_set.name],
     ).fetchall()
     metadata: dict[str, Any] = {
+        "failed": len(failed),
         "materialized": len(cells.materialized),
         "rows": len(cells.rows),
         "materialized_without_row": len(cells.without_row),
@@ -248,11 +270,27 @@ def _check_complete(
     for name, keys in (
         ("files_without_row", cells.without_row),
         ("files_not_materialized", cells.not_materialized),
-        ("damaged_parts", {part for (part,) in damaged}),
+        ("damaged_parts", {part for part, is_damaged in parts.items() if is_damaged}),
     ):
         if keys:
             metadata[name] = ", ".join(sorted(keys)[:FILES_NAMED])
     reasons = []
+    if failed:
+        metadata["failed_files"] = records_table(
+            [
+                {
+                    "file": file_key,
+                    "reason": printable(reason),
+                    "what_to_do": advice(error_type and ErrorType(error_type), file_key),
+                }
+                for file_key, reason, error_type in failed[:FAILURES_SHOWN]
+            ]
+        )
+        metadata["retry"] = retry
+        count = Counter(reason for _, reason, _ in failed)
+        named = [f"{n}: {printable(reason)}" for reason, n in count.most_common(FINDINGS_SHOWN)]
+        files = len(failed) + len(cells.rows)
+        reasons.append(f"{len(failed)} of {files} files failed ({'; '.join(named)})")
     if cells.without_row:
         reasons.append(
             f"{len(cells.without_row)} files are materialized but have no row: "
@@ -328,10 +366,7 @@ def _check_distribution(
 
 def _unpublished(connection: DuckDBPyConnection, landing: Landing, table: Table) -> list[str]:
     """Return the parts that are not in this version of the database."""
-    known = connection.execute(
-        "SELECT part FROM publishing.parts WHERE landing_table = ?", [table.landing_name]
-    ).fetchall()
-    names = {part for (part,) in known}
+    names = recorded_parts(connection, table).keys()
     unpublished = []
     for part in landing.parts(table.landing_name):
         if part not in names:

@@ -13,6 +13,7 @@ import sqlalchemy as sa
 from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 
 from audio_assets.defs.partitions import PARTITIONS, UNFINISHED
+from audio_assets.library.file_keys import FileKeyError, decode_key
 from audio_assets.library.roots import forget_root, library_roots
 from audio_assets.library.scan import FileEntry, Library, LibraryScan
 from audio_assets.warehouse.inventory import MissingFiles, update_inventory
@@ -38,12 +39,13 @@ class Registration:
     ----------
     added : int
         New partitions.
-    gone, back : int
-        Files marked as gone, and files that are back unchanged.
+    changed, moved, gone, back : int
+        Files whose content has changed, files that were moved or renamed, files marked as gone
+        (the moved ones too), and files that are back unchanged.
     removed : int
-        Partitions of gone files that were removed.
+        Partitions of gone files, or of no file at all, that were removed.
     to_remove : int
-        Partitions of gone files that stay until no run or backfill is active.
+        Those that stay until no run or backfill is active.
     new_or_changed : dict of str to str
         The files that are new or have changed, as in `warehouse.inventory.InventoryChanges`.
     partition_keys : list of str
@@ -51,6 +53,8 @@ class Registration:
     """
 
     added: int
+    changed: int
+    moved: int
     gone: int
     back: int
     removed: int
@@ -95,12 +99,21 @@ def register(
     known = instance.get_dynamic_partitions(PARTITIONS)
     added = sorted(ready.difference(known))
     add_partitions(instance, added)
-    gone = {key for key in known if key not in found and missing.is_gone(key)}
+    names = {*library_roots(), *roots}
+    gone = {
+        key
+        for key in known
+        if key not in found
+        # A partition that somebody added by hand may name no file of any root.
+        and (missing.is_gone(key) or (key not in changes.known and _root_of(key) not in names))
+    }
     removed = gone if gone and not is_busy(instance) else set()
     for key in removed:
         instance.delete_dynamic_partition(PARTITIONS, key)
     return Registration(
         added=len(added),
+        changed=len(changes.new_or_changed.keys() & changes.known),
+        moved=changes.moved,
         gone=changes.gone,
         back=changes.back,
         removed=len(removed),
@@ -108,6 +121,13 @@ def register(
         new_or_changed={k: v for k, v in changes.new_or_changed.items() if k in ready},
         partition_keys=[*(key for key in known if key not in removed), *added],
     )
+
+
+def _root_of(file_key: str) -> str | None:
+    try:
+        return decode_key(file_key)[0]
+    except FileKeyError:
+        return None
 
 
 def forget(instance: dg.DagsterInstance, root_name: str, landing: Landing) -> Registration:

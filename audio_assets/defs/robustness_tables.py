@@ -1,6 +1,6 @@
-"""The ``robustness`` tables as assets, with figures that Dagster plots over time."""
+"""The ``robustness`` tables and the views of tracks as assets, with figures over time."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -8,6 +8,9 @@ import dagster as dg
 from duckdb import DuckDBPyConnection
 
 from audio_assets.defs.assets import column_schema
+from audio_assets.defs.partitions import asset_key
+from audio_assets.features import FEATURE_SETS
+from audio_assets.features.base import Column
 from audio_assets.library.text import four_digits
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import publish
@@ -24,8 +27,17 @@ from audio_assets.warehouse.schema import (
     TIMEOUTS,
     Table,
 )
+from audio_assets.warehouse.views import views
 
 FIGURES: dict[Table, str] = {
+    ATTEMPTS: """
+        SELECT
+            count(*) FILTER (outcome = 'succeeded') AS succeeded,
+            count(*) FILTER (outcome = 'failed') AS failed,
+            count(*) FILTER (outcome = 'deferred') AS deferred,
+            sum(duration_s) AS computing_s, avg(queue_s) AS mean_queue_s
+        FROM robustness.attempts WHERE list_contains($runs, run_id)
+    """,
     RUNS: """
         SELECT
             count(*) AS runs, sum(files) AS files,
@@ -48,14 +60,6 @@ FIGURES: dict[Table, str] = {
             arg_max(feature_set, p95_s) AS slowest_feature_set,
             max(p95_s) AS slowest_p95_s
         FROM robustness.feature_stats WHERE list_contains($runs, run_id)
-    """,
-    ATTEMPTS: """
-        SELECT
-            count(*) FILTER (outcome = 'succeeded') AS succeeded,
-            count(*) FILTER (outcome = 'failed') AS failed,
-            count(*) FILTER (outcome = 'deferred') AS deferred,
-            sum(duration_s) AS computing_s, avg(queue_s) AS mean_queue_s
-        FROM robustness.attempts WHERE list_contains($runs, run_id)
     """,
     ERRORS: """
         SELECT
@@ -101,7 +105,21 @@ FIGURES: dict[Table, str] = {
         FROM robustness.quarantine
     """,
 }
-"""The tables that are assets, each with the query of its figures for the runs ``$runs``."""
+"""The tables that are assets, sources first, and their figures' query for the runs ``$runs``."""
+
+
+VIEWS = {
+    "tracks": "SELECT count(degraded) FILTER (len(degraded) > 0) AS degraded FROM features.tracks",
+    "missing": """
+        SELECT count(DISTINCT file_key) AS files,
+            count(*) FILTER (outcome IN ('failed', 'given_up', 'skipped', 'quarantined')) AS failed
+        FROM features.missing
+    """,
+}
+"""The views that are assets, each with the query of its figures."""
+
+_FROM_ATTEMPTS = (RUNS, FEATURE_STATS, ERRORS, TIMEOUTS, RETRIES)
+"""The tables that publishing computes from the attempts."""
 
 
 def table_key(table: Table) -> dg.AssetKey:
@@ -109,23 +127,38 @@ def table_key(table: Table) -> dg.AssetKey:
     return dg.AssetKey([table.schema, table.name])
 
 
-@dg.multi_asset(
-    name="robustness_tables",
-    specs=[
-        dg.AssetSpec(
-            table_key(table),
-            group_name=table.schema,
-            description=table.description,
-            kinds={"duckdb", "table"},
-            owners=["team:audio-features"],
-            metadata={
-                "dagster/table_name": f"{table.schema}.{table.name}",
-                "dagster/column_schema": column_schema(table.all_columns),
-            },
-        )
-        for table in FIGURES
-    ],
-)
+def _spec(
+    key: dg.AssetKey,
+    group: str,
+    description: str,
+    columns: Sequence[Column],
+    deps: Sequence[dg.AssetKey],
+) -> dg.AssetSpec:
+    return dg.AssetSpec(
+        key,
+        group_name=group,
+        description=description,
+        kinds={"duckdb", "table"},
+        owners=["team:audio-features"],
+        deps=deps,
+        metadata={
+            "dagster/table_name": ".".join(key.path),
+            "dagster/column_schema": column_schema(columns),
+        },
+    )
+
+
+def _specs() -> Iterator[dg.AssetSpec]:
+    cells = [asset_key(name) for name in FEATURE_SETS]
+    for table in FIGURES:
+        deps = [table_key(ATTEMPTS)] if table in _FROM_ATTEMPTS else cells
+        yield _spec(table_key(table), table.schema, table.description, table.all_columns, deps)
+    for view in views(tuple(FEATURE_SETS.values())):
+        if view.name in VIEWS:
+            yield _spec(asset_key(view.name), "published", view.description, view.columns, cells)
+
+
+@dg.multi_asset(name="robustness_tables", specs=list(_specs()))
 def robustness_tables(context: dg.AssetExecutionContext) -> Iterator[dg.MaterializeResult[None]]:
     """Publish, and report the figures of the runs that ended since the last time.
 
@@ -144,6 +177,11 @@ def robustness_tables(context: dg.AssetExecutionContext) -> Iterator[dg.Material
             yield dg.MaterializeResult(
                 asset_key=table_key(table),
                 metadata=reported | table_figures(connection, table, runs),
+            )
+        for name, sql in VIEWS.items():
+            yield dg.MaterializeResult(
+                asset_key=asset_key(name),
+                metadata=_figures(connection, f"features.{name}", sql, runs),
             )
 
 
@@ -179,8 +217,13 @@ def runs_to_report(
 
 def table_figures(connection: DuckDBPyConnection, table: Table, runs: list[str]) -> dict[str, Any]:
     """Return a table's metadata: its row count, and the figures of the runs that are not NULL."""
-    [(rows,)] = connection.execute(f"SELECT count(*) FROM {table.sql_name}").fetchall()
-    sql = FIGURES[table]
+    return _figures(connection, table.sql_name, FIGURES[table], runs)
+
+
+def _figures(
+    connection: DuckDBPyConnection, sql_name: str, sql: str, runs: list[str]
+) -> dict[str, Any]:
+    [(rows,)] = connection.execute(f"SELECT count(*) FROM {sql_name}").fetchall()
     cursor = connection.execute(sql, {"runs": runs} if "$runs" in sql else None)
     names = [column[0] for column in cursor.description or ()]
     [values] = cursor.fetchall()

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import dagster as dg
 
+from audio_assets.defs.partitions import asset_key
+from audio_assets.features import FEATURE_SETS
 from audio_assets.warehouse.database import reading
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import RUNS
@@ -84,7 +86,7 @@ def computes_features(run: dg.DagsterRun, repository: dg.RepositoryDefinition | 
     keys = run.asset_selection
     if not keys and repository is not None and repository.has_job(run.job_name):
         keys = repository.get_job(run.job_name).asset_layer.selected_asset_keys
-    return any(key.path[0] == "features" for key in keys or ())
+    return not {asset_key(name) for name in FEATURE_SETS}.isdisjoint(keys or ())
 
 
 def _time(seconds: float | None) -> datetime | None:

@@ -12,8 +12,15 @@ from blake3 import blake3
 
 from audio_assets.defs.history import reconcile
 from audio_assets.defs.jobs import all_features, robustness_stats
+from audio_assets.defs.library_files import files_observation
 from audio_assets.defs.long_waits import resumptions
-from audio_assets.defs.partitions import UNFINISHED, batch_request, batches, files_under_way
+from audio_assets.defs.partitions import (
+    PARTITIONS,
+    UNFINISHED,
+    batch_request,
+    batches,
+    files_under_way,
+)
 from audio_assets.defs.registration import is_busy, register, scan_roots, stable_files
 from audio_assets.defs.run_records import computes_features, record_ended_runs, record_run
 from audio_assets.features import FEATURE_SETS
@@ -72,7 +79,10 @@ def discover_files(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.
         warnings.append(f"{len(scan.files) - len(files)} files not ready: modified just now")
     digest = _digest(files, scan)
     before = _Cursor.read(context.cursor)
-    if before.digest == digest and not before.left and (not before.waits or is_busy(instance)):
+    is_same = digest == before.digest and before.partitions == len(
+        instance.get_dynamic_partitions(PARTITIONS)
+    )
+    if is_same and not before.left and (not before.waits or is_busy(instance)):
         return dg.SkipReason("; ".join([f"{len(files)} files, none new or changed", *warnings]))
 
     registered = register(instance, scan, roots, open_landing(), files)
@@ -95,16 +105,25 @@ def discover_files(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.
     ]
     left = next(pending, None) is not None
     is_blocked = bool(registered.to_remove or changed.keys() & under_way)
-    summary = (
-        f"{len(files)} files: {registered.added} partitions added, {registered.removed} removed; "
-        f"{registered.gone} files gone, {registered.back} back; {len(requests)} runs requested"
-        + (", more to come" if left else "")
-    )
+    counts = {
+        "files": len(files),
+        "added": registered.added,
+        "changed": registered.changed,
+        "moved": registered.moved,
+        "gone": registered.gone,
+        "back": registered.back,
+        "quarantined": len(quarantined & {entry.file_key for entry in files}),
+        "partitions_removed": registered.removed,
+        "runs_requested": len(requests),
+    }
+    said = [f"{number} {name.replace('_', ' ')}" for name, number in counts.items() if number]
+    summary = "; ".join([", ".join(said) + (", more to come" if left else ""), *warnings])
     context.log.info(summary)
     return dg.SensorResult(
         run_requests=requests,
-        skip_reason=None if requests else "; ".join([summary, *warnings]),
-        cursor=_Cursor(digest, left=left, waits=is_blocked).write(),
+        skip_reason=None if requests else summary,
+        asset_events=[files_observation(summary, counts)],
+        cursor=_Cursor(digest, len(registered.partition_keys), left=left, waits=is_blocked).write(),
     )
 
 
@@ -116,6 +135,8 @@ class _Cursor:
     ----------
     digest : str
         Digest of the files found.
+    partitions : int
+        Number of partitions, to notice those that somebody adds by hand.
     left : bool
         Whether there were more runs to request than may be active at a time.
     waits : bool
@@ -123,6 +144,7 @@ class _Cursor:
     """
 
     digest: str = ""
+    partitions: int = 0
     left: bool = False
     waits: bool = False
 

@@ -109,14 +109,20 @@ class InventoryChanges:
         Files that have left the library since.
     back : int
         Files that had left it and are back unchanged.
+    moved : int
+        Gone files of which a new one has the size and the modification time.
     new_or_changed : dict of str to str
         Files that are new, or differ from their last known content: by key, a text that differs
         from one change of the file to the next.
+    known : set of str
+        The keys of all files ever identified.
     """
 
     gone: int
     back: int
+    moved: int
     new_or_changed: dict[str, str]
+    known: set[str]
 
 
 def update_inventory(
@@ -135,9 +141,10 @@ def update_inventory(
     """
     present = {entry.file_key: entry for entry in scan.files}
     new_or_changed = {key: f"{entry.size} {entry.mtime_ns}" for key, entry in present.items()}
-    gone, back = [], []
+    gone, back, known = [], [], set()
     for row in landing.latest(FILES.landing_name):
         key = row["file_key"]
+        known.add(key)
         entry = present.get(key)
         if entry is None:
             if not row["gone"] and missing.is_gone(key):
@@ -151,7 +158,9 @@ def update_inventory(
     if gone or back:
         now = datetime.now(UTC)
         landing.append(FILES.landing_name, [{**row, "seen_at": now} for row in (*gone, *back)])
-    return InventoryChanges(len(gone), len(back), new_or_changed)
+    new = {(e.size, e.mtime_ns) for key, e in present.items() if key not in known}
+    moved = sum((row["size"], row["mtime_ns"]) in new for row in gone)
+    return InventoryChanges(len(gone), len(back), moved, new_or_changed, known)
 
 
 def _is_unchanged(entry: FileEntry, row: Row) -> bool:

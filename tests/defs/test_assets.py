@@ -81,6 +81,8 @@ def test_a_landing_that_cannot_be_used_ends_the_run_at_once(
     assert len(failed) == len(FEATURE_SETS)
     for failure in failed:
         assert failure.user_failure_data is not None
+        assert failure.error is not None
+        assert failure.error.stack == []
         assert "user:***@host/landing cannot be used" in (
             failure.user_failure_data.description or ""
         )

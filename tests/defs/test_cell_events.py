@@ -13,6 +13,7 @@ from audio_assets.features import FEATURE_SETS
 from robustness.error_classifier import ErrorClassifier, ErrorType
 
 KEY = dg.AssetKey(["features", "musicnn"])
+RETRY = dg.MetadataValue.url("/locations/here/jobs/retry_failed")
 FILE = "music/it's <b>bold</b>; rm -rf.mp3"
 
 
@@ -32,7 +33,7 @@ def failed(error: Exception | None = None) -> CellOutcome:
 
 
 def test_failed_cell_has_reason_attempts_and_advice() -> None:
-    event = observation(KEY, failed())
+    event = observation(KEY, failed(), RETRY)
     assert event.partition == FILE
     assert event.metadata["error_type"].value == "timeout"
     assert event.metadata["reason"].value == "too slow"
@@ -45,7 +46,7 @@ def test_failed_cell_has_reason_attempts_and_advice() -> None:
 
 
 def test_markup_in_a_message_is_shown_as_text() -> None:
-    event = observation(KEY, failed(ValueError("![x](http://x) <img src=y> \x1b[31m `z`")))
+    event = observation(KEY, failed(ValueError("![x](http://x) <img src=y> \x1b[31m `z`")), RETRY)
     assert event.description is not None
     shown = MarkdownIt("commonmark").render(event.description)
     assert "<img" not in shown
@@ -58,7 +59,7 @@ def test_markup_in_a_message_is_shown_as_text() -> None:
 def test_command_in_the_advice_quotes_the_file(error_type: ErrorType) -> None:
     error = RuntimeError("no")
     error.error_type = error_type  # type: ignore[attr-defined]
-    advice = observation(KEY, failed(error)).metadata["what_to_do"].value
+    advice = observation(KEY, failed(error), RETRY).metadata["what_to_do"].value
     assert isinstance(advice, str)
     command = advice[advice.index("audio-assets quarantine") :].split(", then")[0]
     assert shlex.split(command) == ["audio-assets", "quarantine", "release", FILE]

@@ -33,8 +33,9 @@ def test_dg_lists_the_definitions(home: Home) -> None:
     found = json.loads(done.stdout)
     assets = {asset["asset_key"] for asset in found["assets"]}
     assert {key for key in assets if key.startswith("features/")} == {
-        f"features/{name}" for name in FEATURE_SETS
+        f"features/{name}" for name in (*FEATURE_SETS, "tracks", "missing")
     }
+    assert "library/files" in assets
 
     def names(kind: str) -> set[str]:
         return {definition["name"] for definition in found[kind]}

@@ -15,13 +15,13 @@ from audio_assets.definitions import defs
 from audio_assets.defs import sensors
 from audio_assets.defs.jobs import robustness_stats
 from audio_assets.defs.partitions import asset_key
-from audio_assets.defs.robustness_tables import FIGURES, table_key
+from audio_assets.defs.robustness_tables import FIGURES, VIEWS, table_key
 from audio_assets.defs.sensors import ABOUT_TAG, default_sensors
 from audio_assets.features import FEATURE_SETS
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
 from robustness.state import reset_state_store
-from tests.warehouse.rows import START, attempt, made_up
+from tests.warehouse.rows import START, attempt, file, made_up
 
 KEYS = [f"music/{number}.flac" for number in range(4)]
 RHYTHM = asset_key("rhythm")
@@ -103,7 +103,10 @@ def test_every_table_is_materialized_with_its_figures(instance: dg.DagsterInstan
     write_run("run 1", done=3, failed=1)
     result = run_stats(instance)
     materialized = {event.asset_key for event in result.get_asset_materialization_events()}
-    assert materialized == {table_key(table) for table in FIGURES}
+    assert materialized == {
+        *(table_key(table) for table in FIGURES),
+        *(asset_key(name) for name in VIEWS),
+    }
     runs = figures(result, "runs")
     assert (runs["dagster/row_count"], runs["cells_done"], runs["cells_failed"]) == (1, 3, 1)
     assert runs["success_rate"] == pytest.approx(0.75)
@@ -197,6 +200,25 @@ def test_constant_values_warn(instance: dg.DagsterInstance) -> None:
     assert not found.passed
     assert found.severity is dg.AssetCheckSeverity.WARN
     assert str(found.description).startswith("bpm is the same in all 30 files that have it; ")
+
+
+def test_failed_files_are_listed_with_reason_and_advice(instance: dg.DagsterInstance) -> None:
+    write_rows(KEYS[:3])
+    materialize(instance, KEYS[:3])
+    landing = open_landing()
+    landing.append("library/files", [file(key) for key in KEYS])
+    failed = attempt(KEYS[3], outcome="quarantined", message="holds no audio <b>")
+    landing.append("robustness/attempts", [failed])
+    found = checks(run_stats(instance))["rhythm", "complete"]
+    assert not found.passed
+    assert found.severity is dg.AssetCheckSeverity.WARN
+    assert found.description == "1 of 4 files failed (1: holds no audio <b>)"
+    listed = found.metadata["failed_files"]
+    assert isinstance(listed, dg.TableMetadataValue)
+    [record] = listed.records
+    assert (record.data["file"], record.data["reason"]) == (KEYS[3], "holds no audio <b>")
+    assert "retry_failed" in str(record.data["what_to_do"])
+    assert found.metadata["retry"].value == "/locations/audio_assets/jobs/retry_failed"
 
 
 def test_materialized_file_without_a_row_is_an_error(instance: dg.DagsterInstance) -> None:

@@ -17,6 +17,7 @@ from blake3 import blake3
 
 from audio_assets.definitions import defs
 from audio_assets.defs import registration, sensors
+from audio_assets.defs.library_files import LIBRARY_FILES
 from audio_assets.defs.partitions import batches
 from audio_assets.defs.registration import register
 from audio_assets.defs.resources import extraction_resource
@@ -319,6 +320,34 @@ def test_a_deleted_file_is_marked_and_loses_its_partition(
     assert sensor.tick() == []
     assert inventory()["music/goes.wav"] is False
     assert partitions(instance) == ["music/stays.wav", "music/goes.wav"]
+
+
+def test_a_tick_says_in_one_line_what_it_found(root: Path, instance: dg.DagsterInstance) -> None:
+    for name in ("a", "b", "c"):
+        put(root / f"{name}.wav", ord(name) * 10)
+    identify()
+    sensor = Sensor(instance)
+    sensor.tick()
+    (root / "a.wav").rename(root / "moved.wav")
+    put(root / "b.wav", at=LONG_AGO + 1)
+    put(root / "new.wav", at=LONG_AGO + 2)
+    result = sensor.evaluate()
+    [observed] = result.asset_events
+    assert observed.asset_key == LIBRARY_FILES
+    assert observed.description == (
+        "4 files, 2 added, 1 changed, 1 moved, 1 gone, 1 partitions removed, 1 runs requested"
+    )
+
+
+def test_partitions_that_name_no_file_are_removed(root: Path, instance: dg.DagsterInstance) -> None:
+    put(root / "a.wav")
+    identify()
+    sensor = Sensor(instance)
+    sensor.tick()
+    by_hand = ["nonsense.mp3", "music/nonsense.mp3", "elsewhere/a.wav"]
+    instance.add_dynamic_partitions(PARTITIONS, by_hand)
+    sensor.tick()
+    assert partitions(instance) == ["music/a.wav"]
 
 
 def test_partitions_stay_until_no_run_needs_them(root: Path, instance: dg.DagsterInstance) -> None:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from audio_assets.cli import breakers, home, quarantine, results, runs
+from audio_assets.cli import breakers, export, home, quarantine, results, runs
 from audio_assets.cli.doctor import CheckError
 from audio_assets.cli.endings import EXIT_CODES, ExitCode, UserError
 from audio_assets.cli.printing import AsCsv, AsJson, console, print_table, set_up_output
@@ -124,6 +124,7 @@ for command in (
     runs.scan,
     runs.forget,
     results.query,
+    export.export,
     results.status,
     results.publish,
     runs.reconcile,

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -26,6 +26,12 @@ from audio_assets.library.text import csv_text, four_digits, masked, printable
 
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: a list of objects.")]
+Raw = Annotated[
+    bool,
+    typer.Option(
+        "--raw", help="In CSV, leave control characters and formulas of spreadsheets as they are."
+    ),
+]
 
 Rows = Sequence[Sequence[object]]
 
@@ -83,7 +89,7 @@ def print_table(
     if as_json:
         print_json(records(columns, rows))
     elif as_csv:
-        _print_csv(columns, rows, raw=raw)
+        write_csv(sys.stdout, columns, rows, raw=raw)
     else:
         cells = [[_cell(value) for value in row] for row in rows]
         if not console.is_terminal:
@@ -186,14 +192,16 @@ def _text(value: object) -> str:
             return str(value)
 
 
-def _print_csv(columns: Iterable[str], rows: Rows, *, raw: bool) -> None:
+def write_csv(file: TextIO, columns: Iterable[str], rows: Rows, *, raw: bool) -> None:
+    """Write a table as CSV; parameters as of `print_table`."""
+
     def field(value: object) -> object:
         plain = _plain(value)
         if isinstance(plain, list | dict):
             return json.dumps(plain)
         return csv_text(plain) if isinstance(plain, str) and not raw else plain
 
-    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer = csv.writer(file, lineterminator="\n")
     writer.writerow(map(field, columns))
     writer.writerows(map(field, row) for row in rows)
 

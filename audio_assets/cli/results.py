@@ -12,6 +12,7 @@ from audio_assets.cli.endings import ExitCode, UserError
 from audio_assets.cli.printing import (
     AsCsv,
     AsJson,
+    Raw,
     console,
     print_json,
     print_table,
@@ -19,25 +20,32 @@ from audio_assets.cli.printing import (
     shown_time,
 )
 
+Sql = Annotated[
+    str | None, typer.Argument(help="SQL, of one or more statements.", show_default=False)
+]
+SqlFile = Annotated[
+    Path | None, typer.Option(help="Read the SQL from a file.", exists=True, dir_okay=False)
+]
+
+
+def given_sql(sql: str | None, file: Path | None) -> str:
+    """Return the SQL that a command was given, as an argument or in a file."""
+    if sql is not None and file is None:
+        return sql
+    if file is None or sql is not None:
+        raise UserError('Give either SQL, as in: query "FROM features.tracks", or --file.')
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file} is not UTF-8 text: {error}") from None
+
 
 def query(
-    sql: Annotated[
-        str | None,
-        typer.Argument(help="SQL, of one or more statements.", show_default=False),
-    ] = None,
-    file: Annotated[
-        Path | None,
-        typer.Option(help="Read the SQL from a file.", exists=True, dir_okay=False),
-    ] = None,
+    sql: Sql = None,
+    file: SqlFile = None,
     as_csv: AsCsv = False,
     as_json: AsJson = False,
-    raw: Annotated[
-        bool,
-        typer.Option(
-            "--raw",
-            help="In CSV, leave control characters and formulas of spreadsheets as they are.",
-        ),
-    ] = False,
+    raw: Raw = False,
 ) -> None:
     """Query the results, also during runs and publishing.
 
@@ -46,12 +54,10 @@ def query(
     from audio_assets.settings import get_settings
     from audio_assets.warehouse.queries import QueryError, query
 
-    if (sql is None) == (file is None):
-        raise UserError('Give either SQL, as in: query "FROM features.tracks", or --file.')
+    question = given_sql(sql, file)
     try:
-        question = sql if file is None else file.read_text("utf-8")
-        result = query(get_settings().warehouse, question or "")
-    except (QueryError, UnicodeDecodeError) as error:
+        result = query(get_settings().warehouse, question)
+    except QueryError as error:
         raise UserError(str(error)) from None
     print_table(result.columns, result.rows, as_csv=as_csv, as_json=as_json, raw=raw)
 

@@ -1,6 +1,6 @@
 """Query the warehouse: any SQL, and its status."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -79,11 +79,8 @@ class Status:
     missing: Result
 
 
-def query(warehouse_path: Path, sql: str) -> Result:
-    """Run a query on the database, without blocking publication.
-
-    It reaches the tables of the database and what it makes in memory: no other file, no network,
-    no extension, and no way to write to the database.
+def query(warehouse_path: Path, sql: str, parameters: Sequence[object] = ()) -> Result:
+    """Run a query on the database, see `sandbox`.
 
     Parameters
     ----------
@@ -91,17 +88,35 @@ def query(warehouse_path: Path, sql: str) -> Result:
         The database file.
     sql : str
         Any statements that only read.
+    parameters : sequence, optional
+        Values in place of each ``?`` of a single statement.
 
     Raises
     ------
     QueryError
         If there is no database yet, it cannot be read, or the SQL is wrong or not allowed.
     """
-    with _opened(warehouse_path) as connection:
-        connection.execute(_SANDBOX)
+    with sandbox(warehouse_path) as connection:
         if not connection.extract_statements(sql):
             raise QueryError("There is no SQL to run.")
-        return _result(connection, sql)
+        return _result(connection, sql, parameters)
+
+
+@contextmanager
+def sandbox(warehouse_path: Path) -> Iterator[DuckDBPyConnection]:
+    """Open the database for SQL of any origin, without blocking publication.
+
+    It reaches the tables of the database and what it makes in memory: no other file, no network,
+    no extension, and no way to write to the database.
+
+    Raises
+    ------
+    QueryError
+        If there is no database yet, or DuckDB raises an error.
+    """
+    with _opened(warehouse_path) as connection:
+        connection.execute(_SANDBOX)
+        yield connection
 
 
 def status(warehouse_path: Path, runs: int = 5) -> Status:
@@ -154,8 +169,8 @@ def status(warehouse_path: Path, runs: int = 5) -> Status:
         )
 
 
-def _result(connection: DuckDBPyConnection, sql: str) -> Result:
-    connection.execute(sql)
+def _result(connection: DuckDBPyConnection, sql: str, parameters: Sequence[object] = ()) -> Result:
+    connection.execute(sql, parameters)
     return Result([column[0] for column in connection.description or ()], connection.fetchall())
 
 

@@ -138,6 +138,17 @@ def test_every_table_is_also_csv_and_json(published: Home) -> None:
     assert NAME in published.cli("status", "--csv").stdout
 
 
+def test_an_export_is_what_a_query_returns_or_a_sentence(published: Home, tmp_path: Path) -> None:
+    sql = "SELECT '=1+1' AS formula, 0.1 AS x UNION ALL SELECT 'a, b', NULL ORDER BY x"
+    output = tmp_path / "x.csv"
+    assert published.cli("export", str(output), sql).stdout == f"2 rows are in {output}.\n"
+    assert output.read_text() == published.cli("query", "--csv", sql).stdout
+    (tmp_path / "directory.csv").mkdir()
+    for name, code in (("x.xlsx", 2), ("directory.csv", 1), ("none/x.csv", 1), ("x.m3u8", 2)):
+        done = published.cli("export", str(tmp_path / name), sql)
+        assert (done.returncode, done.stdout.count("\n"), done.stderr) == (code, 1, ""), done.stdout
+
+
 def test_times_are_local_and_numbers_have_four_digits(published: Home) -> None:
     home = Home(published.path, {"TZ": "Europe/Berlin"})
     sql = "SELECT TIMESTAMPTZ '2026-03-01 12:00:00+00' AS at, 1.23456789::DOUBLE AS x, NULL AS y"

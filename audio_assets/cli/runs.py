@@ -38,7 +38,6 @@ def analyze(
     ] = False,
 ) -> None:
     """Compute every feature set of a library with Dagster, and show the results."""
-    from audio_assets.cli.sample_library import make_sample_library
     from audio_assets.library.roots import library_roots
     from audio_assets.settings import get_settings
 
@@ -51,11 +50,12 @@ def analyze(
         raise UserError(str(error)) from None
     if library is None and all(root == sample.resolve() for root in known):
         with console.status("making a sample library"):
+            from audio_assets.cli.sample_library import make_sample_library
+
             make_sample_library(sample)
         library = str(sample)
     roots, found = _scan(library)
 
-    from audio_assets.cli.analyze import run_batches
     from audio_assets.defs.registration import register
     from audio_assets.warehouse import open_landing, publish
     from audio_assets.warehouse.backlog import find_backlog
@@ -69,6 +69,8 @@ def analyze(
         else:
             todo = find_backlog(found.files, landing).todo
         if todo:
+            from audio_assets.cli.analyze import run_batches  # all that a run needs
+
             run_batches(instance, todo, console, force=force)
         else:
             console.print("Nothing to compute: every cell is finished or quarantined.")

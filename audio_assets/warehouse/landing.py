@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import UUID
 
-import duckdb
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -41,7 +40,7 @@ from fsspec.implementations.local import LocalFileSystem
 from audio_assets.features.base import Column
 from audio_assets.library.files import fsync_folder
 from audio_assets.library.text import masked
-from audio_assets.warehouse.schema import ROW_ID, Table, arrow_schema, quoted
+from audio_assets.warehouse.schema import ROW_ID, Table, arrow_schema, in_memory, quoted
 
 logger = logging.getLogger(__name__)
 
@@ -620,7 +619,7 @@ def _fitted(rows: pa.Table, columns: Iterable[Column]) -> pa.Table:
     if not wrong:
         return rows
     selected = ", ".join(f"TRY_CAST({quoted(c.name)} AS {c.type})" for c in wrong)
-    with duckdb.connect() as connection:
+    with in_memory() as connection:
         connection.execute("SET TimeZone = 'UTC'")
         connection.register("part_rows", rows.select([column.name for column in wrong]))
         cast = connection.sql(f"SELECT {selected} FROM part_rows").to_arrow_table()
@@ -641,7 +640,7 @@ def _latest_places(
 ) -> dict[int, list[int]]:
     """Return the places of the latest row of each key, by part."""
     key = ", ".join(map(quoted, table.key))
-    with duckdb.connect() as connection:
+    with in_memory() as connection:
         connection.register("written", rows)
         found = connection.execute(
             f"""

@@ -6,7 +6,6 @@ Dagster, DuckDB or SQLAlchemy, its function imports.
 
 import os
 import sys
-from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -69,6 +68,8 @@ def _prepare(*, may_be_wrong: bool) -> None:
 
 def _print_version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import version
+
         console.print(f"audio-assets {version('audio-assets')}", highlight=False)
         raise typer.Exit
 

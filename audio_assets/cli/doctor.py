@@ -14,12 +14,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, distribution, metadata, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
-
-from packaging.requirements import Requirement
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -126,6 +123,10 @@ def _check_settings() -> _Found:
 
 def _check_packages() -> _Found:
     """Check that every package this one needs, directly or not, is there in a version it allows."""
+    from importlib.metadata import PackageNotFoundError, distribution, metadata, version
+
+    from packaging.requirements import Requirement
+
     wrong: list[str] = []
     seen: set[str] = set()
     extras = ",".join(metadata(_PACKAGE).get_all("Provides-Extra") or ())
@@ -155,6 +156,8 @@ def _check_packages() -> _Found:
 
 def _reinstall(*options: str) -> str:
     """Return the command that installs this package anew, with what it needs."""
+    from importlib.metadata import distribution, version
+
     from audio_assets.settings import CHECKOUT
 
     if CHECKOUT:

@@ -19,13 +19,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import duckdb
 from duckdb import DuckDBPyConnection
-from filelock import FileLock
 
 from audio_assets.library.files import fsync_folder
 from audio_assets.warehouse.schema import literal, quoted
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 STORAGE_VERSION = "v1.0.0"
 """Of the database: every DuckDB since then reads it, where the newest storage needs the newest."""
@@ -110,8 +113,10 @@ class DatabaseFile:
         self.next = self._hidden(".next")
         self._previous = self._hidden(".previous")
 
-    def lock(self) -> FileLock:
+    def lock(self) -> "FileLock":
         """Return the lock under which the next version is built; make its directory."""
+        from filelock import FileLock
+
         self.path.parent.mkdir(parents=True, exist_ok=True)
         return FileLock(self._hidden(".lock"))
 

@@ -4,7 +4,6 @@ A module that has commands imports at its top what is light. What a command need
 Dagster, DuckDB or SQLAlchemy, its function imports.
 """
 
-import os
 import sys
 from typing import Annotated
 
@@ -54,13 +53,8 @@ class _Command(TyperCommand):
 
 def _prepare(*, may_be_wrong: bool) -> None:
     """Set DAGSTER_HOME before Dagster is imported, and make it a safe place."""
-    from dotenv import load_dotenv
-
-    from audio_assets.settings import DEFAULT_HOME
-
-    load_dotenv(".env", override=True)  # as Dagster's own commands do
     try:
-        home.prepare(os.environ.get("DAGSTER_HOME") or str(DEFAULT_HOME))
+        home.prepare(home.find())
     except (CheckError, OSError) as error:
         if not may_be_wrong:
             raise UserError(f"{error}. `audio-assets doctor` says what to do.") from None

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterable
 
+from audio_assets.cli import home
+
 
 def root_names(incomplete: str) -> list[str]:
     """Return names of the library's roots."""
@@ -31,9 +33,7 @@ def breaker_names(incomplete: str) -> list[str]:
 
 
 def _set_home() -> None:
-    from audio_assets.settings import DEFAULT_HOME
-
-    os.environ.setdefault("DAGSTER_HOME", str(DEFAULT_HOME))
+    os.environ["DAGSTER_HOME"] = home.find()
 
 
 def _beginning_with(incomplete: str, names: Iterable[str]) -> list[str]:

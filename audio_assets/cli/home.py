@@ -18,6 +18,16 @@ ENV_FILE = """\
 """
 
 
+def find() -> str:
+    """Read `.env` of the current directory, and return Dagster's home."""
+    from dotenv import load_dotenv
+
+    from audio_assets.settings import DEFAULT_HOME
+
+    load_dotenv(".env", override=True)  # as Dagster's own commands do
+    return os.environ.get("DAGSTER_HOME") or str(DEFAULT_HOME)
+
+
 def prepare(directory: str) -> Path:
     """Make a directory this process's home, and a safe place.
 

@@ -189,18 +189,19 @@ def test_names_are_completed(
     published: Home, tmp_path: Path, words: str, offered: set[str]
 ) -> None:
     (tmp_path / "music").mkdir()
+    (tmp_path / ".env").write_text(f"DAGSTER_HOME={published.path}\nAUDIO_LIBRARY=music\n")
     environment = published.environment(
         {
             "_AUDIO_ASSETS_COMPLETE": "complete_bash",
             "COMP_WORDS": f"audio-assets {words}",
             "COMP_CWORD": str(len(words.split())),
-            "AUDIO_LIBRARY": str(tmp_path / "music"),
         }
     )
+    del environment["DAGSTER_HOME"]
     done = subprocess.run(
         [Path(sys.executable).with_name("audio-assets")],
         env=environment,
-        cwd=PROJECT,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
         check=False,

@@ -32,7 +32,7 @@ _ATTEMPT_COLUMNS = (
 )
 
 _REPLACE_FILE = "Repair or replace the file: a changed file is tried again."
-_ADVICE = {
+ADVICE = {
     ErrorType.CORRUPT_FILE: _REPLACE_FILE,
     ErrorType.UNSUPPORTED_FORMAT: _REPLACE_FILE,
     ErrorType.TIMEOUT: "Try again when the machine is less busy. If the computation really takes "
@@ -43,6 +43,7 @@ _ADVICE = {
     ErrorType.PERMISSION: "Give the user that runs Dagster permission to read the file.",
     ErrorType.SYSTEM_RESOURCE: "Run `audio-assets status` to see open breakers and their errors.",
 }
+"""What to do about a type of error."""
 
 
 def materialization(
@@ -131,7 +132,7 @@ def observation(
         "reason": dg.MetadataValue.text(printable(error.message)),
         "error_type": dg.MetadataValue.text(error.error_type.value),
         "severity": dg.MetadataValue.text(error.severity.value),
-        "what_to_do": dg.MetadataValue.text(advice(error.error_type, outcome.file_key)),
+        "what_to_do": dg.MetadataValue.text(advice(error, outcome.file_key)),
         "retry": retry,
         "recoveries": dg.MetadataValue.text(", ".join(outcome.recoveries) or "none"),
     }
@@ -156,12 +157,12 @@ def _shown(value: object) -> object:
     return float(four_digits(value)) if isinstance(value, float) else value
 
 
-def advice(error_type: ErrorType | None, file_key: str) -> str:
+def advice(error: ErrorInfo, file_key: str) -> str:
     """Return what a person can do about a failed cell.
 
     Parameters
     ----------
-    error_type : ErrorType or None
+    error : ErrorInfo
         Why it failed.
     file_key : str
         The file.
@@ -171,8 +172,7 @@ def advice(error_type: ErrorType | None, file_key: str) -> str:
         f"To retry the file as it is: {release}, then materialize this partition; or launch the "
         "job retry_failed for it, which does both."
     )
-    hint = _ADVICE.get(error_type, "") if error_type else ""
-    return f"{hint} {again}".lstrip()
+    return f"{ADVICE.get(error.error_type, '')} {again}".lstrip()
 
 
 def error_of(outcome: CellOutcome) -> ErrorInfo:

@@ -10,7 +10,7 @@ from typing import Any
 import dagster as dg
 from duckdb import DuckDBPyConnection
 
-from audio_assets.defs.cell_events import advice, records_table, retry_link
+from audio_assets.defs.cell_events import ADVICE, records_table, retry_link
 from audio_assets.defs.distributions import findings
 from audio_assets.defs.partitions import asset_key
 from audio_assets.defs.robustness_tables import (
@@ -28,7 +28,6 @@ from audio_assets.warehouse.database import reading
 from audio_assets.warehouse.ingest import recorded_parts
 from audio_assets.warehouse.landing import CorruptPartError, Landing, written_at
 from audio_assets.warehouse.schema import RUNS, Table, feature_table, quoted
-from robustness.error_classifier import ErrorType
 
 MIN_SUCCESS_RATE = 0.95
 """The check `success_rate` warns unless more than this share of the cells succeeded."""
@@ -281,12 +280,13 @@ def _check_complete(
                 {
                     "file": file_key,
                     "reason": printable(reason),
-                    "what_to_do": advice(error_type and ErrorType(error_type), file_key),
+                    "what_to_do": ADVICE.get(error_type, ""),
                 }
                 for file_key, reason, error_type in failed[:FAILURES_SHOWN]
             ]
         )
         metadata["retry"] = retry
+        metadata["retry_on_the_shell"] = "audio-assets quarantine release FILE, then analyze"
         count = Counter(reason for _, reason, _ in failed)
         named = [f"{n}: {printable(reason)}" for reason, n in count.most_common(FINDINGS_SHOWN)]
         files = len(failed) + len(cells.rows)

@@ -112,6 +112,23 @@ def test_failed_partition_says_why_without_logs(page: Page, backfilled: Deployme
         expect(dialog.get_by_role("cell", name=label, exact=True).first).to_be_visible()
 
 
+def test_two_clicks_lead_from_the_catalog_to_the_reasons(
+    page: Page, backfilled: Deployment
+) -> None:
+    page.goto("/assets")
+    page.get_by_role("link", name="chroma").first.click()
+    page.get_by_text("Checks", exact=True).click()
+    # The checks follow the run that ended.
+    expect(page.get_by_text(re.compile(r"2 of 5 files failed \(2: holds no audio"))).to_be_visible(
+        timeout=PATIENCE_MS
+    )
+    for name in FAULTY:
+        expect(page.get_by_text(backfilled.key(name)).first).to_be_visible()
+    with page.expect_popup() as opened:
+        page.get_by_role("link", name="jobs/retry_failed").click()
+    expect(opened.value.get_by_role("button", name="Materialize all")).to_be_visible()
+
+
 def test_names_and_tags_are_inert(page: Page, backfilled: Deployment) -> None:
     requested: list[str] = []
     page.on("request", lambda request: requested.append(request.url))

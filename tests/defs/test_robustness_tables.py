@@ -207,7 +207,12 @@ def test_failed_files_are_listed_with_reason_and_advice(instance: dg.DagsterInst
     materialize(instance, KEYS[:3])
     landing = open_landing()
     landing.append("library/files", [file(key) for key in KEYS])
-    failed = attempt(KEYS[3], outcome="quarantined", message="holds no audio <b>")
+    failed = attempt(
+        KEYS[3],
+        outcome="quarantined",
+        message="holds no audio <b>",
+        error_type="unsupported_format",
+    )
     landing.append("robustness/attempts", [failed])
     found = checks(run_stats(instance))["rhythm", "complete"]
     assert not found.passed
@@ -217,7 +222,7 @@ def test_failed_files_are_listed_with_reason_and_advice(instance: dg.DagsterInst
     assert isinstance(listed, dg.TableMetadataValue)
     [record] = listed.records
     assert (record.data["file"], record.data["reason"]) == (KEYS[3], "holds no audio <b>")
-    assert "retry_failed" in str(record.data["what_to_do"])
+    assert "Repair or replace" in str(record.data["what_to_do"])
     assert found.metadata["retry"].value == "/locations/audio_assets/jobs/retry_failed"
 
 

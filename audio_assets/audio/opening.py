@@ -106,5 +106,5 @@ def unrecognized(
     if not any(head):
         return UnsupportedFormatError("holds no audio: it begins with nothing but zero bytes")
     if is_text(head):
-        return UnsupportedFormatError("holds no audio: it is a text file")
+        return UnsupportedFormatError("holds no audio: the file is text")
     return UnsupportedFormatError("is in no audio format that the decoder knows")

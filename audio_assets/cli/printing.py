@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import math
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -36,6 +37,7 @@ Raw = Annotated[
 Rows = Sequence[Sequence[object]]
 
 _GAP = "  "
+_WORDS = re.compile(r"[^\s/]*[\s/]*")
 
 
 class _Console(Console):
@@ -100,8 +102,11 @@ def print_table(
 
 def _print_to_terminal(columns: list[str], cells: list[list[str]], title: str | None) -> None:
     by_column = list(zip(columns, *cells, strict=True))
-    # Words stay whole, also those of a name.
-    narrowest = [max(map(cell_len, " ".join(texts).split()), default=1) for texts in by_column]
+    # Words stay whole, also those of a name, and the parts of a path.
+    narrowest = [
+        max(cell_len(word.rstrip()) for word in _WORDS.findall(" ".join(texts)))
+        for texts in by_column
+    ]
     spare = console.width - sum(narrowest) - 3 * (len(columns) - 1)
     if spare < 0:
         _print_records(columns, cells, title)
@@ -114,17 +119,26 @@ def _print_to_terminal(columns: list[str], cells: list[list[str]], title: str | 
         more = min(wanted[i], spare // (len(columns) - shared))
         widths[i] += more
         spare -= more
+    if title:
+        console.print(f"\n{title}", style="italic")
     table = Table(
         *(Column(Text(name), width=w) for name, w in zip(columns, widths, strict=True)),
-        title=title,
-        title_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
     )
     for row in cells:
-        table.add_row(*map(Text, row))
+        table.add_row(*map(_wrapped, row, widths))
     console.print(table, soft_wrap=False)
+
+
+def _wrapped(text: str, width: int) -> Text:
+    lines = [""]
+    for word in _WORDS.findall(text):
+        if cell_len(lines[-1] + word.rstrip()) > width:
+            lines.append("")
+        lines[-1] += word
+    return Text("\n".join(map(str.rstrip, lines)))
 
 
 def records(columns: Sequence[str], rows: Rows) -> list[dict[str, object]]:

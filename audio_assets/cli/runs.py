@@ -223,7 +223,8 @@ def _show_scan(roots: Mapping[str, Path], scan: "LibraryScan") -> None:
 
 
 def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
-    """Show tracks and failed cells; return how the analysis ended."""
+    """Show the tracks that could be read, and failed cells; return how the analysis ended."""
+    from audio_assets.features import FEATURE_SETS
     from audio_assets.settings import CHECKOUT
     from audio_assets.warehouse.database import reading
 
@@ -231,14 +232,15 @@ def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
     with reading(warehouse) as connection:
         tracks = connection.execute(
             "SELECT file_key, bpm, key || ' ' || scale, integrated_lufs, danceability, top_tag "
-            f"FROM features.tracks WHERE {of_roots} ORDER BY file_key",
+            f"FROM features.tracks WHERE {of_roots} AND duration_s IS NOT NULL ORDER BY file_key",
             [names],
         ).fetchall()
         failures = connection.execute(
-            "SELECT file_key, reason, string_agg(feature_set, ', ' ORDER BY feature_set), "
+            "SELECT file_key, reason, CASE WHEN count(*) = ? THEN 'all' ELSE "
+            "string_agg(feature_set, ', ' ORDER BY feature_set) END, "
             "count(*) FILTER (outcome IS NULL OR outcome IN ('succeeded', 'reused')) "
             f"FROM features.missing WHERE {of_roots} GROUP BY ALL ORDER BY file_key",
-            [names],
+            [len(FEATURE_SETS), names],
         ).fetchall()
     _print_first(("file", "bpm", "key", "LUFS", "danceability", "tag"), tracks, "Tracks")
     if failures:
@@ -251,7 +253,7 @@ def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
         'ORDER BY danceability DESC LIMIT 10"',
         highlight=False,
     )
-    opens = "make dev" if CHECKOUT else "dagster dev -m audio_assets.definitions"
+    opens = "make dev" if Path.cwd() == CHECKOUT else "dagster dev -m audio_assets.definitions"
     console.print(f"Next: `{opens}` opens Dagster on http://localhost:3000.")
     if any(untried for *_, untried in failures):
         return ExitCode.FAILED  # a run ended early

@@ -277,7 +277,7 @@ class Results:
         reasons = []
         source = cell.file.source
         if source and source.damage:
-            reasons.append(f"the audio {source.damage}")
+            reasons.append(f"analysed in part: {source.damage}")
         if source and source.louder_channel is not None and cell.feature_set.reads_pcm:
             reasons.append("its channels are out of phase: the louder one was analysed as mono")
         error = cell.first_error

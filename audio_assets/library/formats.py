@@ -239,7 +239,7 @@ def check_content(head: bytes, path: Path) -> FileEvidence:
         if head.startswith(magic):
             return FileEvidence(FileState.WRONG_CONTENT, f"the file is {name}, not audio")
     if is_text(head):
-        return FileEvidence(FileState.WRONG_CONTENT, "the file is text, not audio")
+        return FileEvidence(FileState.WRONG_CONTENT, "the file is text")
     if extension in _ALWAYS:
         return FileEvidence(FileState.HEADER_DAMAGED, f"the file has no {extension} header")
     return PLAUSIBLE

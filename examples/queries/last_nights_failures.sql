@@ -1,19 +1,28 @@
--- What failed in the day up to the last run's end: the files that are there, which feature sets
--- failed and why, and whether a later attempt succeeded.
+-- What failed in the day up to the last run's end: the files that are there, the last reason, how
+-- many attempts failed, and which feature sets are still missing.
 WITH latest AS (
     SELECT max(coalesce(ended_at, started_at)) - INTERVAL 24 HOUR AS since FROM robustness.runs
+),
+failed AS (
+    SELECT
+        file_key,
+        arg_max(error_type, row_id) AS error_type,
+        arg_max(message, row_id) AS message,
+        count(*) AS failed_attempts,
+        max(started_at) AS last_failed
+    FROM robustness.attempts, latest
+    WHERE outcome = 'failed' AND started_at >= since
+    GROUP BY file_key
+),
+missing AS (
+    SELECT file_key, list(feature_set ORDER BY feature_set) AS feature_sets
+    FROM features.missing
+    GROUP BY file_key
 )
 SELECT
-    attempts.file_key,
-    attempts.error_type,
-    attempts.message,
-    list(DISTINCT attempts.feature_set ORDER BY attempts.feature_set) AS feature_sets,
-    bool_and(missing.file_key IS NULL) AS succeeded_later,
-    max(attempts.started_at) AS last_failed
-FROM robustness.attempts
-CROSS JOIN latest
+    failed.*,
+    coalesce(missing.feature_sets, []) AS still_missing
+FROM failed
 JOIN features.tracks USING (file_key)
-LEFT JOIN features.missing USING (file_key, feature_set)
-WHERE attempts.outcome = 'failed' AND attempts.started_at >= latest.since
-GROUP BY ALL
-ORDER BY succeeded_later, last_failed DESC, attempts.file_key;
+LEFT JOIN missing USING (file_key)
+ORDER BY len(still_missing) DESC, last_failed DESC, file_key;

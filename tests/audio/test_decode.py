@@ -146,8 +146,8 @@ def picture(path: Path) -> None:
     ("content", "words"),
     [
         (bytes(5000), "zero bytes"),
-        ("Not a song, söng or sông.\n".encode() * 400, "it is a text file"),
-        (b"ffconcat version 1.0\nfile a.wav\n", "it is a text file"),
+        ("Not a song, söng or sông.\n".encode() * 400, "the file is text"),
+        (b"ffconcat version 1.0\nfile a.wav\n", "the file is text"),
         (np.random.default_rng(0).bytes(50_000), "no audio"),
     ],
     ids=["zeros", "text", "concat script", "noise"],

@@ -106,7 +106,7 @@ def test_failed_partition_says_why_without_logs(page: Page, backfilled: Deployme
     page.get_by_role("button", name="View all historical events").click()
     dialog = dialog_of(page)
     dialog.get_by_role("cell", name=key).click()
-    for told in ("it is a text file", "unsupported_format", "low", "quarantine release"):
+    for told in ("the file is text", "unsupported_format", "low", "quarantine release"):
         expect(dialog.get_by_text(told).first).to_be_visible()
     for label in ("reason", "error_type", "severity", "what_to_do", "recoveries", "attempts"):
         expect(dialog.get_by_role("cell", name=label, exact=True).first).to_be_visible()

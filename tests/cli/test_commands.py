@@ -105,10 +105,12 @@ def test_a_table_that_cuts_no_word_is_a_table(published: Home) -> None:
     assert any("one" in line and "two" in line for line in lines)
 
 
-def test_a_narrow_table_breaks_lines_between_words(published: Home) -> None:
-    sql = "SELECT 'Antidisestablishmentarianism' AS name, repeat('word ', 30) AS integrated_lufs"
+def test_a_narrow_table_breaks_lines_between_words_and_after_slashes(published: Home) -> None:
+    name = "music/Antidisestablishmentarianism 12/Wherefore 🍦.flac"
+    sql = f"SELECT '{name}' AS name, repeat('word ', 30) AS integrated_lufs"
     lines = in_terminal(published, 60, "query", sql).splitlines()
-    assert any("Antidisestablishmentarianism" in line for line in lines)
+    parts = ("music/", "Antidisestablishmentarianism", "12/Wherefore", "🍦.flac")
+    assert all(any(part in line for line in lines) for part in parts)
     assert any("integrated_lufs" in line for line in lines)
     assert max(map(len, lines)) <= 60
 

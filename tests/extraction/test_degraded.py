@@ -49,7 +49,7 @@ def test_partial_audio_is_final(library: Path, tmp_path: Path) -> None:
     rows = rows_of(tmp_path, plain)
     cut = rows["cut.wav"]
     assert cut["complete_share"] == pytest.approx(0.5, abs=0.01)
-    assert cut["degraded"] == "the audio breaks off after 4.0 s of the 8.0 s that it states"
+    assert cut["degraded"] == "analysed in part: breaks off after 4.0 s of the 8.0 s that it states"
     assert cut["degraded_since"] is not None
     assert cut["retry_after"] is None
     whole = rows["a.wav"]

@@ -1,5 +1,6 @@
 -- What failed in the day up to the last run's end: the files that are there, the last reason, how
--- many attempts failed, and which feature sets are still missing.
+-- many attempts failed, and which feature sets are still missing. What failed before, and was not
+-- tried again, is in failing_files.sql.
 WITH latest AS (
     SELECT max(coalesce(ended_at, started_at)) - INTERVAL 24 HOUR AS since FROM robustness.runs
 ),

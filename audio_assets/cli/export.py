@@ -54,7 +54,10 @@ def export(
                 written = exports.write_parquet(warehouse, question, output)
             case Format.CSV:
                 result = query(warehouse, question)
-                with exports.replacing(output) as partial, partial.open("w", newline="") as text:
+                with (
+                    exports.replacing(output) as partial,
+                    partial.open("w", encoding="utf-8", newline="") as text,
+                ):
                     write_csv(text, result.columns, result.rows, raw=raw)
                 written = len(result.rows)
             case Format.M3U8:

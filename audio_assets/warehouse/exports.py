@@ -58,11 +58,11 @@ def write_parquet(warehouse: Path, sql: str, output: Path) -> int:
     Raises
     ------
     QueryError
-        As `queries.query`.
+        As `queries.query`, and if Parquet has no type for a column.
     OSError
         If the file cannot be written.
     """
-    from pyarrow import parquet
+    from pyarrow import ArrowException, parquet
 
     with sandbox(warehouse) as connection:
         result = connection.sql(sql)
@@ -70,7 +70,10 @@ def write_parquet(warehouse: Path, sql: str, output: Path) -> int:
             raise QueryError("There is no SQL to run.")
         rows = result.to_arrow_table()
     with replacing(output) as partial:
-        parquet.write_table(rows, partial, compression="zstd")
+        try:
+            parquet.write_table(rows, partial, compression="zstd")
+        except ArrowException as error:
+            raise QueryError(f"Parquet has no such type, cast it to VARCHAR: {error}") from error
     return int(rows.num_rows)
 
 

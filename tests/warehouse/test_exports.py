@@ -112,7 +112,7 @@ def test_an_export_that_fails_leaves_what_was_there(warehouse: Path, tmp_path: P
     output = tmp_path / "there.parquet"
     output.write_text("before")
     late = "SELECT if(n = 900000, error('late'), n) AS n FROM range(1000000) AS t(n)"
-    for sql in (late, "-- nothing", f"COPY (SELECT 1) TO '{output}'"):
+    for sql in (late, "-- nothing", "SELECT INTERVAL 1 DAY AS x", f"COPY (SELECT 1) TO '{output}'"):
         with pytest.raises(QueryError):
             write_parquet(warehouse, sql, output)
     with pytest.raises(QueryError, match="column file_key"):

@@ -4,6 +4,8 @@ All times are seconds since the epoch (UTC). Hosts that share a store are expect
 clocks within a second or so of each other (NTP).
 """
 
+from typing import TYPE_CHECKING
+
 import sqlalchemy as sa
 from sqlalchemy import (
     Boolean,
@@ -18,7 +20,9 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
 )
-from sqlalchemy.dialects import postgresql, sqlite
+
+if TYPE_CHECKING:
+    from sqlalchemy.dialects import postgresql, sqlite
 
 SCHEMA_REVISION = "0004"
 """The newest migration; a store at this revision is used without loading alembic."""
@@ -177,10 +181,15 @@ quarantine = Table(
 )
 
 
-def insert_into(connection: Connection, table: Table) -> postgresql.Insert | sqlite.Insert:
+def insert_into(connection: Connection, table: Table) -> "postgresql.Insert | sqlite.Insert":
     """Return an INSERT that knows `on_conflict_do_update` and `on_conflict_do_nothing`."""
+    # Only the dialect in use is imported: a command that shows the state starts faster.
     if connection.dialect.name == "postgresql":
+        from sqlalchemy.dialects import postgresql
+
         return postgresql.insert(table)
+    from sqlalchemy.dialects import sqlite
+
     return sqlite.insert(table)
 
 

@@ -1,6 +1,5 @@
 """Asset checks of the published tables, of their rows and values, and of the success rate."""
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from typing import Any
 import dagster as dg
 from duckdb import DuckDBPyConnection
 
-from audio_assets.defs.cell_events import ADVICE, records_table, retry_link
 from audio_assets.defs.distributions import findings
 from audio_assets.defs.partitions import asset_key
 from audio_assets.defs.robustness_tables import (
@@ -21,7 +19,6 @@ from audio_assets.defs.robustness_tables import (
 )
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
-from audio_assets.library.text import printable
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
 from audio_assets.warehouse.database import reading
@@ -37,7 +34,6 @@ MAX_LAG = timedelta(minutes=5)
 
 FILES_NAMED = 5
 FINDINGS_SHOWN = 5
-FAILURES_SHOWN = 100
 
 
 @dataclass
@@ -72,11 +68,7 @@ class _Cells:
             for feature_set in FEATURE_SETS.values()
             for name, description in (
                 ("finite", "No value in the table is NaN or infinite"),
-                (
-                    "complete",
-                    "Each file has a row, or was never tried; each row is materialized, and no "
-                    "other file. Lists the files that failed, why, and what to do",
-                ),
+                ("complete", "The table has a row for each materialized file, and no other row"),
                 ("fresh", "The table has all rows that were written more than five minutes ago"),
                 ("degraded", "No row is degraded: see the view features.degraded"),
                 (
@@ -119,9 +111,7 @@ def published_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.Asse
                         context.instance, connection, landing, feature_set,
                         materialized[feature_set.name], asked_at,
                     )  # fmt: skip
-                    result = _check_complete(
-                        connection, feature_set, cells, retry_link(context.run)
-                    )
+                    result = _check_complete(connection, feature_set, cells)
                 case "fresh", FeatureSet():
                     result = _check_fresh(connection, landing, feature_set)
                 case "degraded", FeatureSet():
@@ -243,24 +233,11 @@ def _ended_before(instance: dg.DagsterInstance, run_ids: set[str], moment: datet
 
 
 def _check_complete(
-    connection: DuckDBPyConnection,
-    feature_set: FeatureSet,
-    cells: _Cells,
-    retry: dg.UrlMetadataValue,
+    connection: DuckDBPyConnection, feature_set: FeatureSet, cells: _Cells
 ) -> dg.AssetCheckResult:
-    """Report failed files, and compare rows and materializations.
-
-    A materialized file without a row is an error; anything else is a warning.
-    """
+    """Compare rows and materializations: no row is an error, no materialization a warning."""
     parts = recorded_parts(connection, feature_table(feature_set))
-    failed = connection.execute(
-        "SELECT file_key, reason, error_type FROM features.missing "
-        "WHERE feature_set = ? AND outcome IN ('failed', 'given_up', 'skipped', 'quarantined') "
-        "ORDER BY file_key",
-        [feature_set.name],
-    ).fetchall()
     metadata: dict[str, Any] = {
-        "failed": len(failed),
         "materialized": len(cells.materialized),
         "rows": len(cells.rows),
         "materialized_without_row": len(cells.without_row),
@@ -274,23 +251,6 @@ def _check_complete(
         if keys:
             metadata[name] = ", ".join(sorted(keys)[:FILES_NAMED])
     reasons = []
-    if failed:
-        metadata["failed_files"] = records_table(
-            [
-                {
-                    "file": file_key,
-                    "reason": printable(reason),
-                    "what_to_do": ADVICE.get(error_type, ""),
-                }
-                for file_key, reason, error_type in failed[:FAILURES_SHOWN]
-            ]
-        )
-        metadata["retry"] = retry
-        metadata["retry_on_the_shell"] = "audio-assets quarantine release FILE, then analyze"
-        count = Counter(reason for _, reason, _ in failed)
-        named = [f"{n}: {printable(reason)}" for reason, n in count.most_common(FINDINGS_SHOWN)]
-        files = len(failed) + len(cells.rows)
-        reasons.append(f"{len(failed)} of {files} files failed ({'; '.join(named)})")
     if cells.without_row:
         reasons.append(
             f"{len(cells.without_row)} files are materialized but have no row: "

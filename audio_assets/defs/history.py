@@ -18,7 +18,7 @@ import dagster as dg
 from dagster._core.storage.event_log.sqlite.sqlite_event_log import SqliteEventLogStorage
 
 from audio_assets.defs.cell_events import materialization
-from audio_assets.defs.partitions import PARTITIONS, UNFINISHED, asset_key
+from audio_assets.defs.partitions import FINISHED, PARTITIONS, UNFINISHED, asset_key
 from audio_assets.defs.robustness_tables import FIGURES, table_key
 from audio_assets.extraction.cells import CellOutcome, CellStatus
 from audio_assets.features import FEATURE_SETS
@@ -32,11 +32,6 @@ from audio_assets.warehouse.schema import FILES, feature_table
 _ROWS_AT_A_TIME = 1000
 _CONNECTIONS = 4
 _STATEMENT_TIMEOUT_MS = 60_000
-_FINISHED = (
-    dg.DagsterRunStatus.SUCCESS,
-    dg.DagsterRunStatus.FAILURE,
-    dg.DagsterRunStatus.CANCELED,
-)
 _RUNS_AT_A_TIME = 100
 
 
@@ -181,7 +176,7 @@ def prune(instance: dg.DagsterInstance, landing: Landing, before: datetime) -> P
     needed = _runs_with_failed_partitions(get_settings().warehouse) | _runs_of_figures(instance)
     deleted = kept = 0
     last_kept = None  # runs come newest first
-    old = dg.RunsFilter(statuses=_FINISHED, updated_before=before)
+    old = dg.RunsFilter(statuses=FINISHED, updated_before=before)
     while runs := instance.get_runs(old, cursor=last_kept, limit=_RUNS_AT_A_TIME):
         for run in runs:
             if run.run_id in needed:

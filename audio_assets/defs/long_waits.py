@@ -12,6 +12,7 @@ import dagster as dg
 
 from audio_assets.defs.partitions import (
     ANALYZE,
+    FINISHED,
     FORCE_TAG,
     RANGE_END_TAG,
     RANGE_START_TAG,
@@ -32,19 +33,18 @@ WAITING_SINCE_TAG = "audio_assets/waiting_since"
 WAITING_FOR_TAG = "audio_assets/waiting_for"
 WAITING_SETS_TAG = "audio_assets/waiting_feature_sets"
 
-ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
-
 _HEARTBEAT_S = 180.0
 _MESSAGE_CHARACTERS = 200
 
 
 def result_tags(engine: Engine) -> dict[str, str]:
     """Return the tags of a run that ends: its result, and when degraded rows are due again."""
-    result = {RESULT_TAG: engine.result.value}
-    if engine.result is RunResult.DEFERRED or not engine.retry:
-        return result
+    result = engine.result
+    tags = {RESULT_TAG: result.value}
+    if result is RunResult.DEFERRED or not engine.retry:
+        return tags
     retry_at, feature_sets = engine.retry
-    return result | {
+    return tags | {
         DEGRADED_TAG: "true",
         RETRY_AT_TAG: retry_at.isoformat(timespec="seconds"),
         WAITING_SETS_TAG: ",".join(feature_sets),
@@ -112,7 +112,9 @@ def resumptions(instance: dg.DagsterInstance) -> list[dg.RunRequest]:
     ended = [
         run
         for tags in ({RESULT_TAG: RunResult.DEFERRED.value}, {DEGRADED_TAG: "true"})
-        for run in instance.get_runs(dg.RunsFilter(statuses=ENDED, tags=tags, updated_after=oldest))
+        for run in instance.get_runs(
+            dg.RunsFilter(statuses=FINISHED, tags=tags, updated_after=oldest)
+        )
     ]
     requests = []
     for run in ended:

@@ -38,6 +38,12 @@ UNFINISHED = (
     dg.DagsterRunStatus.CANCELING,
 )
 
+FINISHED = (
+    dg.DagsterRunStatus.SUCCESS,
+    dg.DagsterRunStatus.FAILURE,
+    dg.DagsterRunStatus.CANCELED,
+)
+
 _MAX_PASSED = 20
 """Finished files in a row that a range may include: reporting them costs less than another run."""
 

@@ -15,6 +15,7 @@ from audio_assets.defs.jobs import all_features, robustness_stats
 from audio_assets.defs.library_files import files_observation
 from audio_assets.defs.long_waits import resumptions
 from audio_assets.defs.partitions import (
+    FINISHED,
     PARTITIONS,
     UNFINISHED,
     batch_request,
@@ -282,14 +283,7 @@ def resume_deferred(context: dg.SensorEvaluationContext) -> Iterator[dg.RunReque
 
 
 default_sensors = [
-    *(
-        _publishing_sensor(status)
-        for status in (
-            dg.DagsterRunStatus.SUCCESS,
-            dg.DagsterRunStatus.FAILURE,
-            dg.DagsterRunStatus.CANCELED,
-        )
-    ),
+    *(_publishing_sensor(status) for status in FINISHED),
     publish_while_running,
     reconcile_history,
     resume_deferred,

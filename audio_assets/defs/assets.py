@@ -5,13 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
-from audio_assets.defs.cell_events import (
-    StepFailedError,
-    failure,
-    materialization,
-    observation,
-    retry_link,
-)
+from audio_assets.defs.cell_events import failure, materialization, observation, step_error
 from audio_assets.defs.library_files import LIBRARY_FILES
 from audio_assets.defs.long_waits import end_long_wait, waited_before_s
 from audio_assets.defs.partitions import (
@@ -114,19 +108,19 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
                 waited_before_s=waited_before_s(context.run),
             )
             for outcome in engine.drive(feature_set.name, hold_s=policy.time_left, check=check):
-                context.log_event(_event(outcome, context.run))
+                context.log_event(_event(outcome))
                 progress.show()
         except (DeferredError, dg.Failure):
             raise
         except (LandingError, WorkerStartError) as error:  # a fault of the installation
-            raise StepFailedError(f"{error}. `audio-assets doctor` says what to do") from error
+            fault = step_error(str(error), "`audio-assets doctor` says what to do")
+            raise fault from fault.__cause__
         except Exception as error:
             failing_s = engine.failing_for(feature_set.name)
             if failing_s < get_robustness_settings().retry_total_seconds:
                 raise
-            raise StepFailedError(
-                f"Given up after {failing_s:.0f} s of retries: {error}"
-            ) from error
+            fault = step_error(f"Given up after {failing_s:.0f} s of retries", str(error))
+            raise fault from fault.__cause__
         if failed := engine.failed(feature_set.name):
             raise failure(failed, len(file_keys))
         yield from ()
@@ -145,12 +139,10 @@ def _feature_sets_of(context: dg.AssetExecutionContext) -> list[FeatureSet]:
     ]
 
 
-def _event(
-    outcome: CellOutcome, run: dg.DagsterRun
-) -> dg.AssetMaterialization | dg.AssetObservation:
+def _event(outcome: CellOutcome) -> dg.AssetMaterialization | dg.AssetObservation:
     key = asset_key(outcome.feature_set)
     if outcome.status is CellStatus.FAILED:
-        return observation(key, outcome, retry_link(run))
+        return observation(key, outcome)
     return materialization(key, FEATURE_SETS[outcome.feature_set], outcome)
 
 

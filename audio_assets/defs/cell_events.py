@@ -3,12 +3,12 @@
 import hashlib
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from urllib.parse import urlencode
 
 import dagster as dg
-from dagster._core.errors import DagsterUserCodeProcessError  # see StepFailedError
-from dagster_shared.error import SerializableErrorInfo
 
+from audio_assets.defs.partitions import PARTITION_TAG
 from audio_assets.extraction.cells import CellOutcome
 from audio_assets.features.base import FeatureSet, Row
 from audio_assets.features.pictures import markdown
@@ -32,7 +32,7 @@ _ATTEMPT_COLUMNS = (
 )
 
 _REPLACE_FILE = "Repair or replace the file: a changed file is tried again."
-ADVICE = {
+_ADVICE = {
     ErrorType.CORRUPT_FILE: _REPLACE_FILE,
     ErrorType.UNSUPPORTED_FORMAT: _REPLACE_FILE,
     ErrorType.TIMEOUT: "Try again when the machine is less busy. If the computation really takes "
@@ -43,7 +43,6 @@ ADVICE = {
     ErrorType.PERMISSION: "Give the user that runs Dagster permission to read the file.",
     ErrorType.SYSTEM_RESOURCE: "Run `audio-assets status` to see open breakers and their errors.",
 }
-"""What to do about a type of error."""
 
 
 def materialization(
@@ -106,16 +105,7 @@ def _float(value: float) -> dg.MetadataValue:
     return dg.MetadataValue.float(float(four_digits(value)))
 
 
-def retry_link(run: dg.DagsterRun) -> dg.UrlMetadataValue:
-    """Return a link to the job that retries failed cells, in the code location of a run."""
-    origin = run.remote_job_origin
-    location = origin.location_name if origin else "audio_assets"
-    return dg.MetadataValue.url(f"/locations/{location}/jobs/retry_failed")
-
-
-def observation(
-    key: dg.AssetKey, outcome: CellOutcome, retry: dg.UrlMetadataValue
-) -> dg.AssetObservation:
+def observation(key: dg.AssetKey, outcome: CellOutcome) -> dg.AssetObservation:
     """Return the observation of a failed cell: what happened and what to do.
 
     Parameters
@@ -124,8 +114,6 @@ def observation(
         The feature set's asset.
     outcome : CellOutcome
         An outcome with an error.
-    retry : UrlMetadataValue
-        See `retry_link`.
     """
     error = error_of(outcome)
     metadata: dict[str, dg.MetadataValue] = {
@@ -133,11 +121,11 @@ def observation(
         "error_type": dg.MetadataValue.text(error.error_type.value),
         "severity": dg.MetadataValue.text(error.severity.value),
         "what_to_do": dg.MetadataValue.text(advice(error, outcome.file_key)),
-        "retry": retry,
+        "retry": dg.MetadataValue.url(retry_url(outcome.file_key)),
         "recoveries": dg.MetadataValue.text(", ".join(outcome.recoveries) or "none"),
     }
     if outcome.history:
-        metadata["attempts"] = records_table(
+        metadata["attempts"] = _table(
             [
                 {name: _shown(attempt.get(name)) for name in _ATTEMPT_COLUMNS}
                 for attempt in outcome.history
@@ -158,7 +146,7 @@ def _shown(value: object) -> object:
 
 
 def advice(error: ErrorInfo, file_key: str) -> str:
-    """Return what a person can do about a failed cell.
+    """Return what a person can do about a failed cell, in the UI and in a shell.
 
     Parameters
     ----------
@@ -169,10 +157,25 @@ def advice(error: ErrorInfo, file_key: str) -> str:
     """
     release = f"audio-assets quarantine release {shlex.quote(file_key)}"
     again = (
-        f"To retry the file as it is: {release}, then materialize this partition; or launch the "
-        "job retry_failed for it, which does both."
+        "To try the file again as it is, launch the job retry_failed for it, by the link below; "
+        f"or, in a shell: {release}, then audio-assets analyze."
     )
-    return f"{ADVICE.get(error.error_type, '')} {again}".lstrip()
+    return f"{_ADVICE.get(error.error_type, '')} {again}".lstrip()
+
+
+def events_url(feature_set: str, file_key: str) -> str:
+    """Return the address, in Dagster's UI, of a cell's events: why it failed, and its attempts."""
+    query = {"view": "events", "partitions[0]": file_key}
+    return f"/assets/features/{feature_set}?{urlencode(query)}"
+
+
+def retry_url(file_key: str) -> str:
+    """Return the address, in Dagster's UI, of the job `retry_failed`, ready to launch for a file.
+
+    It names no code location: Dagster looks for the one that has the job.
+    """
+    query = {"tags[0][key]": PARTITION_TAG, "tags[0][value]": file_key}
+    return f"/guess/retry_failed/playground/setup?{urlencode(query)}"
 
 
 def error_of(outcome: CellOutcome) -> ErrorInfo:
@@ -188,31 +191,29 @@ def error_of(outcome: CellOutcome) -> ErrorInfo:
     return outcome.error
 
 
-class StepFailedError(DagsterUserCodeProcessError, dg.Failure):
-    """A failure whose reason is known: Dagster shows its description, and no stack trace.
+def step_error(message: str, details: str) -> dg.DagsterUserCodeExecutionError:
+    """Return an error that ends a step, is not retried, and is shown without a stack trace.
 
-    Dagster takes the error of a `DagsterUserCodeProcessError` as it is; other failures get the
-    stack of the ops around them.
+    Dagster shows where in the code a `Failure` was raised, which is no help here. Of an error of
+    user code it shows the cause alone, and a cause that was not raised has no stack.
 
     Parameters
     ----------
-    description : str
-        What failed, why, and what to do.
-    metadata : mapping of str to MetadataValue, optional
-        Shown below it.
+    message : str
+        What failed.
+    details : str
+        Why, and what to do.
     """
-
-    def __init__(
-        self, description: str, metadata: Mapping[str, dg.MetadataValue] | None = None
-    ) -> None:
-        error = SerializableErrorInfo(f"{description}\n", [], None)
-        super().__init__(  # type: ignore[no-untyped-call]
-            description, metadata, False, user_code_process_error_infos=[error]
-        )
+    cause = dg.Failure(details, allow_retries=False)
+    error = dg.DagsterUserCodeExecutionError(  # type: ignore[no-untyped-call]
+        message, user_exception=cause, original_exc_info=(type(cause), cause, None)
+    )
+    error.__cause__ = cause
+    return error
 
 
-def failure(failed: Sequence[CellOutcome], total: int) -> StepFailedError:
-    """Return the failure of a step, with the files that failed and why.
+def failure(failed: Sequence[CellOutcome], total: int) -> dg.DagsterUserCodeExecutionError:
+    """Return the error that ends a step, with some of the files that failed and why.
 
     Parameters
     ----------
@@ -225,25 +226,13 @@ def failure(failed: Sequence[CellOutcome], total: int) -> StepFailedError:
         f"{cell.file_key}: {printable(error_of(cell).message)}" for cell in failed[:FAILURES_NAMED]
     ]
     more = [f"and {len(failed) - FAILURES_NAMED} more"] if len(failed) > FAILURES_NAMED else []
-    return StepFailedError(
-        "\n".join([f"{len(failed)} of {total} files failed", *named, *more]),
-        metadata={
-            "failed_files": records_table(
-                [
-                    {
-                        "file": cell.file_key,
-                        "error_type": error_of(cell).error_type.value,
-                        "reason": printable(error_of(cell).message),
-                    }
-                    for cell in failed
-                ]
-            )
-        },
+    return step_error(
+        f"{len(failed)} of {total} files failed; the check analysed says why and what to do",
+        "\n".join([*named, *more]),
     )
 
 
-def records_table(records: Sequence[Row]) -> dg.TableMetadataValue:
-    """Return records that have the same keys as a table."""
+def _table(records: Sequence[Row]) -> dg.TableMetadataValue:
     return dg.TableMetadataValue(
         records=[dg.TableRecord(record) for record in records],
         schema=dg.TableSchema([dg.TableColumn(name) for name in records[0]]),

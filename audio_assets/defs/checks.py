@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 from duckdb import DuckDBPyConnection
 
+from audio_assets.defs.cell_events import events_url, retry_url
 from audio_assets.defs.distributions import findings
 from audio_assets.defs.partitions import asset_key
 from audio_assets.defs.robustness_tables import (
@@ -19,6 +20,7 @@ from audio_assets.defs.robustness_tables import (
 )
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
+from audio_assets.library.text import plain_markdown
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
 from audio_assets.warehouse.database import reading
@@ -34,6 +36,7 @@ MAX_LAG = timedelta(minutes=5)
 
 FILES_NAMED = 5
 FINDINGS_SHOWN = 5
+FAILURES_SHOWN = 20
 
 
 @dataclass
@@ -54,42 +57,45 @@ class _Cells:
         return self.rows - self.materialized - self.unfinished
 
 
-@dg.multi_asset_check(
-    name="published_tables",
-    specs=[
-        dg.AssetCheckSpec(
-            "success_rate",
-            asset=table_key(RUNS),
-            description=f"More than {MIN_SUCCESS_RATE:.0%} of the cells that the last runs tried "
-            "succeeded; cells that their file makes impossible do not count",
-        ),
-        *(
-            dg.AssetCheckSpec(name, asset=asset_key(feature_set.name), description=description)
-            for feature_set in FEATURE_SETS.values()
-            for name, description in (
-                ("finite", "No value in the table is NaN or infinite"),
-                ("complete", "The table has a row for each materialized file, and no other row"),
-                ("fresh", "The table has all rows that were written more than five minutes ago"),
-                ("degraded", "No row is degraded: see the view features.degraded"),
-                (
-                    "distribution",
-                    "No measured column is constant, mostly NULL, or much different between code "
-                    "versions, extractors and library roots",
-                ),
-            )
-            if name != "distribution" or feature_set.reads_pcm
-        ),
-    ],
-    can_subset=True,
-)
-def published_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
-    """Check the published tables.
+_SPECS = [
+    dg.AssetCheckSpec(
+        "success_rate",
+        asset=table_key(RUNS),
+        description=f"More than {MIN_SUCCESS_RATE:.0%} of the cells that the last runs tried "
+        "succeeded; cells that their file makes impossible do not count",
+    ),
+    *(
+        dg.AssetCheckSpec(name, asset=asset_key(feature_set.name), description=description)
+        for feature_set in FEATURE_SETS.values()
+        for name, description in (
+            ("analysed", "No file has failed. A warning: only files that are themselves at fault"),
+            ("finite", "No value in the table is NaN or infinite"),
+            ("complete", "The table has a row for each materialized file, and no other row"),
+            ("fresh", "The table has all rows that were written more than five minutes ago"),
+            ("degraded", "No row is degraded: see the view features.degraded"),
+            (
+                "distribution",
+                "No measured column is constant, mostly NULL, or much different between code "
+                "versions, extractors and library roots",
+            ),
+        )
+        if name != "distribution" or feature_set.reads_pcm
+    ),
+]
+"""The checks; Dagster's UI opens an asset's checks at `analysed`, the first by name."""
 
-    In a run that computes features Dagster skips this step, as their ops yield no output; the
-    job `robustness_stats` runs it afterwards.
-    """
+_BY_OUTPUT = {f"{spec.asset_key.path[-1]}_{spec.name}": spec for spec in _SPECS}
+
+
+@dg.op(
+    name="published_tables",
+    out={name: dg.Out(None, is_required=False) for name in _BY_OUTPUT},
+    tags={"dagster/priority": "-1"},  # in a run of features, after these
+)
+def _check_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCheckResult]:
+    """Check the published tables; after assets of the same run, publish their results before."""
     warehouse = get_settings().warehouse
-    if not warehouse.exists():
+    if context.job_def.asset_layer.selected_asset_keys or not warehouse.exists():
         publish()
     landing = open_landing()
     selected = context.selected_asset_check_keys
@@ -104,6 +110,8 @@ def published_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.Asse
         for key in sorted(selected):
             feature_set = FEATURE_SETS.get(key.asset_key.path[-1])
             match key.name, feature_set:
+                case "analysed", FeatureSet():
+                    result = _check_analysed(connection, feature_set)
                 case "finite", FeatureSet():
                     result = _check_finite(connection, feature_set)
                 case "complete", FeatureSet():
@@ -121,6 +129,16 @@ def published_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.Asse
                 case _:
                     result = _check_success_rate(context.instance, connection)
             yield result._replace(asset_key=key.asset_key, check_name=key.name)
+
+
+published_tables = dg.AssetChecksDefinition.create(
+    # Not of @multi_asset_check, whose op would take the outputs of the features' ops as inputs:
+    # these yield none, so that Dagster would skip it in each run of theirs.
+    keys_by_input_name={},
+    node_def=_check_tables,
+    check_specs_by_output_name=_BY_OUTPUT,
+    can_subset=True,
+)
 
 
 def _check_success_rate(
@@ -154,6 +172,36 @@ def _check_success_rate(
             if name in figures
         }
         | {f"failed: {file_key}": message or "" for file_key, message in failing},
+    )
+
+
+def _check_analysed(connection: DuckDBPyConnection, feature_set: FeatureSet) -> dg.AssetCheckResult:
+    """Tell of failed files why they failed, and where to retry them."""
+    failed = connection.execute(
+        """
+        SELECT
+            missing.file_key, missing.reason,
+            outcome <> 'deferred' AND quarantine.content_hash IS NULL AS needs_person
+        FROM features.missing AS missing JOIN library.files USING (file_key)
+        LEFT JOIN robustness.quarantine USING (content_hash, feature_set)
+        WHERE feature_set = ? AND outcome NOT IN ('succeeded', 'reused')
+        ORDER BY last_attempt DESC, missing.file_key
+        """,
+        [feature_set.name],
+    ).fetchall()
+    lines = [
+        f"- [{plain_markdown(file_key)}]({events_url(feature_set.name, file_key)}): "
+        f"{plain_markdown(reason)} ([retry]({retry_url(file_key)}))"
+        for file_key, reason, _ in failed[:FAILURES_SHOWN]
+    ]
+    if len(failed) > FAILURES_SHOWN:
+        lines.append(f"- and {len(failed) - FAILURES_SHOWN} more, in the view features.missing")
+    needs_person = any(needs for *_, needs in failed)
+    return dg.AssetCheckResult(
+        passed=not failed,
+        severity=dg.AssetCheckSeverity.ERROR if needs_person else dg.AssetCheckSeverity.WARN,
+        description="\n".join([f"{len(failed)} files failed:", "", *lines]) if failed else None,
+        metadata={"failed": len(failed)},
     )
 
 

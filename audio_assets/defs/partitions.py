@@ -28,7 +28,7 @@ ANALYZE = "audio-assets analyze"
 FILES_TAG = "audio_assets/files"
 RANGE_START_TAG = "dagster/asset_partition_range_start"
 RANGE_END_TAG = "dagster/asset_partition_range_end"
-_PARTITION_TAG = "dagster/partition"
+PARTITION_TAG = "dagster/partition"
 
 UNFINISHED = (
     dg.DagsterRunStatus.QUEUED,
@@ -81,7 +81,7 @@ def batch_request(
 
 def partition_range(run: dg.DagsterRun) -> tuple[str, str] | None:
     """Return the first and the last partition that a run covers."""
-    first = run.tags.get(RANGE_START_TAG, run.tags.get(_PARTITION_TAG))
+    first = run.tags.get(RANGE_START_TAG, run.tags.get(PARTITION_TAG))
     last = run.tags.get(RANGE_END_TAG, first)
     return (first, last) if first is not None and last is not None else None
 

@@ -50,7 +50,7 @@ def take_pictures(page: Page, deployment: Deployment, faulty: list[str]) -> None
     save(page, "partitions")
 
     page.goto("/assets/features/chroma?view=checks")
-    expect(page.get_by_text(deployment.key(faulty[0])).first).to_be_visible()
+    expect(page.get_by_role("link", name=deployment.key(faulty[0]))).to_be_visible()
     save(page, "failed")
 
 

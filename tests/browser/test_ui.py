@@ -99,34 +99,46 @@ def test_backfill_shows_the_bad_files_red_and_the_others_green(
             assert state_of(page, backfilled.key(name)) == colour
 
 
-def test_failed_partition_says_why_without_logs(page: Page, backfilled: Deployment) -> None:
-    key = backfilled.key("text.mp3")
-    open_partitions(page, "chroma")
-    partition(page, key).click()
-    page.get_by_role("button", name="View all historical events").click()
-    dialog = dialog_of(page)
-    dialog.get_by_role("cell", name=key).click()
-    for told in ("the file is text", "unsupported_format", "low", "quarantine release"):
-        expect(dialog.get_by_text(told).first).to_be_visible()
-    for label in ("reason", "error_type", "severity", "what_to_do", "recoveries", "attempts"):
-        expect(dialog.get_by_role("cell", name=label, exact=True).first).to_be_visible()
-
-
-def test_two_clicks_lead_from_the_catalog_to_the_reasons(
+def test_two_clicks_from_the_catalog_say_why_a_file_failed(
     page: Page, backfilled: Deployment
 ) -> None:
     page.goto("/assets")
-    page.get_by_role("link", name="chroma").first.click()
-    page.get_by_text("Checks", exact=True).click()
-    # The checks follow the run that ended.
-    expect(page.get_by_text(re.compile(r"2 of 5 files failed \(2: holds no audio"))).to_be_visible(
-        timeout=PATIENCE_MS
-    )
+    page.get_by_role("link", name=re.compile("features.*chroma")).click()
+    page.get_by_role("tab", name="Checks").click()
     for name in FAULTY:
-        expect(page.get_by_text(backfilled.key(name)).first).to_be_visible()
-    with page.expect_popup() as opened:
-        page.get_by_role("link", name="jobs/retry_failed").click()
-    expect(opened.value.get_by_role("button", name="Materialize all")).to_be_visible()
+        expect(page.get_by_role("link", name=backfilled.key(name), exact=True)).to_be_visible()
+    expect(page.get_by_text("the file is text").first).to_be_visible()
+
+
+def test_failed_partition_says_what_to_do_and_leads_to_the_retry(
+    page: Page, backfilled: Deployment
+) -> None:
+    key = backfilled.key("text.mp3")
+    page.goto("/assets/features/chroma?view=checks")
+    page.get_by_role("link", name=key, exact=True).click()
+    for told in ("the file is text", "unsupported_format", "low", "quarantine release"):
+        expect(page.get_by_text(told).first).to_be_visible()
+    for label in ("reason", "error_type", "severity", "what_to_do", "recoveries", "attempts"):
+        expect(page.get_by_role("cell", name=label, exact=True).first).to_be_visible()
+    link = page.get_by_role("link", name="/guess/retry_failed").first.get_attribute("href")
+    assert link
+    page.goto(link)
+    expect(page.get_by_text(f"partition: {key}")).to_be_visible()
+    expect(page.get_by_text("audio_assets/retry_quarantined: true")).to_be_visible()
+    expect(page.get_by_role("button", name="Launch Run")).to_be_enabled()
+
+
+def test_list_of_runs_tells_failed_files_from_failed_runs(
+    page: Page, backfilled: Deployment
+) -> None:
+    page.goto("/runs")
+    page.get_by_text("Show runs within backfills").click()
+    expect(page.get_by_text("audio_assets/result: bad_files").first).to_be_visible()
+    page.get_by_role("link", name=re.compile("^[0-9a-f]{8}$")).first.click()
+    expect(
+        page.get_by_text(re.compile("files failed; their partitions say why")).first
+    ).to_be_visible()
+    expect(page.get_by_text("Stack Trace")).to_have_count(0)
 
 
 def test_names_and_tags_are_inert(page: Page, backfilled: Deployment) -> None:

@@ -80,12 +80,10 @@ def test_a_landing_that_cannot_be_used_ends_the_run_at_once(
     failed = [e.get_dagster_event().step_failure_data for e in events if _is(e, "STEP_FAILURE")]
     assert len(failed) == len(FEATURE_SETS)
     for failure in failed:
-        assert failure.user_failure_data is not None
         assert failure.error is not None
-        assert failure.error.stack == []
-        assert "user:***@host/landing cannot be used" in (
-            failure.user_failure_data.description or ""
-        )
+        assert "user:***@host/landing cannot be used" in failure.error.message
+        assert failure.error.cause is not None
+        assert failure.error.cause.stack == []
     assert not [e for e in events if _is(e, "STEP_UP_FOR_RETRY")]
     assert run.tags[RESULT_TAG] == RunResult.INCOMPLETE.value
     assert run.job_snapshot_id

@@ -2,6 +2,7 @@
 
 import shlex
 from dataclasses import replace
+from urllib.parse import parse_qs, urlsplit
 
 import dagster as dg
 import pytest
@@ -13,7 +14,6 @@ from audio_assets.features import FEATURE_SETS
 from robustness.error_classifier import ErrorClassifier, ErrorType
 
 KEY = dg.AssetKey(["features", "musicnn"])
-RETRY = dg.MetadataValue.url("/locations/here/jobs/retry_failed")
 FILE = "music/it's <b>bold</b>; rm -rf.mp3"
 
 
@@ -33,7 +33,7 @@ def failed(error: Exception | None = None) -> CellOutcome:
 
 
 def test_failed_cell_has_reason_attempts_and_advice() -> None:
-    event = observation(KEY, failed(), RETRY)
+    event = observation(KEY, failed())
     assert event.partition == FILE
     assert event.metadata["error_type"].value == "timeout"
     assert event.metadata["reason"].value == "too slow"
@@ -46,7 +46,7 @@ def test_failed_cell_has_reason_attempts_and_advice() -> None:
 
 
 def test_markup_in_a_message_is_shown_as_text() -> None:
-    event = observation(KEY, failed(ValueError("![x](http://x) <img src=y> \x1b[31m `z`")), RETRY)
+    event = observation(KEY, failed(ValueError("![x](http://x) <img src=y> \x1b[31m `z`")))
     assert event.description is not None
     shown = MarkdownIt("commonmark").render(event.description)
     assert "<img" not in shown
@@ -59,22 +59,30 @@ def test_markup_in_a_message_is_shown_as_text() -> None:
 def test_command_in_the_advice_quotes_the_file(error_type: ErrorType) -> None:
     error = RuntimeError("no")
     error.error_type = error_type  # type: ignore[attr-defined]
-    advice = observation(KEY, failed(error), RETRY).metadata["what_to_do"].value
+    advice = observation(KEY, failed(error)).metadata["what_to_do"].value
     assert isinstance(advice, str)
     command = advice[advice.index("audio-assets quarantine") :].split(", then")[0]
     assert shlex.split(command) == ["audio-assets", "quarantine", "release", FILE]
     assert "the job retry_failed" in advice
 
 
-def test_failed_step_names_some_files() -> None:
-    step = failure([failed()] * 7, 20)
-    assert step.description is not None
-    assert step.description.startswith("7 of 20 files failed")
-    assert step.description.count(FILE) == 5
-    assert step.description.endswith("and 2 more")
-    table = step.metadata["failed_files"]
-    assert isinstance(table, dg.TableMetadataValue)
-    assert len(table.records) == 7
+def test_link_opens_the_retry_job_for_the_file() -> None:
+    link = observation(KEY, failed()).metadata["retry"].value
+    address = urlsplit(str(link))
+    assert address.path == "/guess/retry_failed/playground/setup"
+    tag = {"tags[0][key]": ["dagster/partition"], "tags[0][value]": [FILE]}
+    assert parse_qs(address.query) == tag
+
+
+def test_failed_step_names_some_files_and_no_code() -> None:
+    with pytest.raises(dg.DagsterUserCodeExecutionError, match="7 of 20 files failed") as raised:
+        raise failure([failed()] * 7, 20)
+    cause = raised.value.user_exception
+    assert isinstance(cause, dg.Failure)
+    assert cause.description is not None
+    assert cause.description.count(FILE) == 5
+    assert cause.description.endswith("and 2 more")
+    assert cause.__traceback__ is None
 
 
 def test_computed_cell_has_values_and_a_picture() -> None:

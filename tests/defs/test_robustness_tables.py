@@ -13,6 +13,7 @@ import pytest
 
 from audio_assets.definitions import defs
 from audio_assets.defs import sensors
+from audio_assets.defs.cell_events import retry_url
 from audio_assets.defs.jobs import robustness_stats
 from audio_assets.defs.partitions import asset_key
 from audio_assets.defs.robustness_tables import FIGURES, VIEWS, table_key
@@ -20,8 +21,9 @@ from audio_assets.defs.sensors import ABOUT_TAG, default_sensors
 from audio_assets.features import FEATURE_SETS
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
+from robustness.quarantine import Quarantine
 from robustness.state import reset_state_store
-from tests.warehouse.rows import START, attempt, file, made_up
+from tests.warehouse.rows import START, attempt, made_up
 
 KEYS = [f"music/{number}.flac" for number in range(4)]
 RHYTHM = asset_key("rhythm")
@@ -145,11 +147,39 @@ def test_low_success_rate_warns_and_names_files(instance: dg.DagsterInstance) ->
     assert found.metadata["failed: music/19.flac"].value == "took too long"
 
 
+def test_failed_files_are_named_amber_if_only_they_are_at_fault(
+    instance: dg.DagsterInstance,
+) -> None:
+    write_run("run 1", done=3, failed=1)
+    write_rows(KEYS[:3])
+    rows = [{"file_key": key, "content_hash": f"hash of {key}", "gone": False} for key in KEYS]
+    open_landing().append("library/files", rows)
+    found = checks(run_stats(instance))["rhythm", "analysed"]
+    assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.ERROR)
+    assert "music/3.flac" in str(found.description)
+    assert "took too long" in str(found.description)
+    assert retry_url(KEYS[3]) in str(found.description)
+    Quarantine().add(
+        f"hash of {KEYS[3]}", "rhythm", file_key=KEYS[3], error_type="timeout", reason="too long"
+    )
+    found = checks(run_stats(instance))["rhythm", "analysed"]
+    assert (found.passed, found.severity) == (False, dg.AssetCheckSeverity.WARN)
+    write_rows(KEYS[3:], content_hash=f"hash of {KEYS[3]}")
+    assert checks(run_stats(instance))["rhythm", "analysed"].passed
+
+
+def test_a_run_of_features_has_no_skipped_step(instance: dg.DagsterInstance) -> None:
+    job = defs.resolve_implicit_global_asset_job_def().get_subset(asset_selection={RHYTHM})
+    checked = job.nodes_in_topological_order
+    assert {node.name for node in checked} == {"rhythm", "published_tables"}
+    assert not any(job.dependencies.values())
+
+
 def test_complete_tables_pass(instance: dg.DagsterInstance) -> None:
     write_rows(KEYS)
     materialize(instance, KEYS)
     found = checks(run_stats(instance))
-    assert len(found) == 5 * len(FEATURE_SETS)  # metadata is not measured; runs have a check
+    assert len(found) == 6 * len(FEATURE_SETS)  # metadata is not measured; runs have a check
     assert all(evaluation.passed for evaluation in found.values())
 
 
@@ -200,30 +230,6 @@ def test_constant_values_warn(instance: dg.DagsterInstance) -> None:
     assert not found.passed
     assert found.severity is dg.AssetCheckSeverity.WARN
     assert str(found.description).startswith("bpm is the same in all 30 files that have it; ")
-
-
-def test_failed_files_are_listed_with_reason_and_advice(instance: dg.DagsterInstance) -> None:
-    write_rows(KEYS[:3])
-    materialize(instance, KEYS[:3])
-    landing = open_landing()
-    landing.append("library/files", [file(key) for key in KEYS])
-    failed = attempt(
-        KEYS[3],
-        outcome="quarantined",
-        message="holds no audio <b>",
-        error_type="unsupported_format",
-    )
-    landing.append("robustness/attempts", [failed])
-    found = checks(run_stats(instance))["rhythm", "complete"]
-    assert not found.passed
-    assert found.severity is dg.AssetCheckSeverity.WARN
-    assert found.description == "1 of 4 files failed (1: holds no audio <b>)"
-    listed = found.metadata["failed_files"]
-    assert isinstance(listed, dg.TableMetadataValue)
-    [record] = listed.records
-    assert (record.data["file"], record.data["reason"]) == (KEYS[3], "holds no audio <b>")
-    assert "Repair or replace" in str(record.data["what_to_do"])
-    assert found.metadata["retry"].value == "/locations/audio_assets/jobs/retry_failed"
 
 
 def test_materialized_file_without_a_row_is_an_error(instance: dg.DagsterInstance) -> None:

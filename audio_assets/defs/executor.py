@@ -24,6 +24,8 @@ class _LivingExecutor(dg.Executor):
         self, plan_context: PlanOrchestrationContext, execution_plan: ExecutionPlan
     ) -> Iterator[dg.DagsterEvent]:
         instance, run_id = plan_context.instance, plan_context.run_id
+        while _locks:  # `audio-assets analyze` executes one run after another
+            _locks.pop().release()
         _locks.append(lock := RunLock(run_id))
         instance.add_run_tags(run_id, lock.tag)
         if lock.problem:
@@ -33,7 +35,7 @@ class _LivingExecutor(dg.Executor):
 
 
 _locks: list[RunLock] = []
-"""Held until the process ends: the run's end is recorded after the executor's last event."""
+"""Held until the next run or the process's end: a run's end is recorded after its last event."""
 
 
 def _create(context: dg.InitExecutorContext) -> dg.Executor:

@@ -21,6 +21,7 @@ import soundfile
 from audio_assets.cli.endings import ExitCode
 from audio_assets.cli.sample_library import SampleTrack, make_sample_library
 from audio_assets.definitions import defs
+from audio_assets.defs.library_files import LIBRARY_FILES
 from audio_assets.features import FEATURE_SETS
 from audio_assets.library.file_keys import encode_key
 from audio_assets.warehouse.landing import Landing
@@ -77,6 +78,16 @@ def test_every_cell_is_materialized_or_failed_and_dagster_agrees(
                 f"SELECT file_key FROM features.{name} WHERE degraded IS NOT NULL"
             ).fetchall()
             assert degraded == [(cut,)]
+
+
+def test_dagster_shows_the_runs_among_those_of_the_code_location(
+    analysed: tuple[Home, str],
+) -> None:
+    home, _ = analysed
+    with dg.DagsterInstance.from_config(str(home.path)) as instance:
+        origins = {run.job_name: run.remote_job_origin for run in instance.get_runs()}
+    assert origins.keys() == {"all_features", "robustness_stats"}
+    assert {origin and origin.location_name for origin in origins.values()} == {"audio_assets"}
 
 
 def test_known_tempo_and_key_are_found(analysed: tuple[Home, str]) -> None:
@@ -216,9 +227,12 @@ def test_a_directory_can_be_forgotten(home: Home, tmp_path: Path) -> None:
     library = tmp_path / "music"
     library.mkdir()
     write_tone(library / "a.wav", 440.0)
-    assert home.cli("scan", str(library)).returncode == 0
+    assert "1 files, 1 added" in home.cli("scan", str(library)).stdout
     with dg.DagsterInstance.from_config(str(home.path)) as instance:
         assert instance.get_dynamic_partitions("audio_files") == ["music/a.wav"]
+        [observed] = instance.fetch_observations(LIBRARY_FILES, limit=2).records
+        assert observed.asset_observation
+        assert observed.asset_observation.description == "1 files, 1 added"
         landing = Landing(str(home.path / "landing"), warehouse_tables(FEATURE_SETS.values()))
         landing.append(FILES.landing_name, [{"file_key": "music/a.wav", "size": 1, "gone": False}])
         named = replace(home, variables={"AUDIO_LIBRARY": str(library)})

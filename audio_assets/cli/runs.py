@@ -56,13 +56,12 @@ def analyze(
         library = str(sample)
     roots, found = _scan(library)
 
-    from audio_assets.defs.registration import register
     from audio_assets.warehouse import open_landing, publish
     from audio_assets.warehouse.backlog import find_backlog
 
     landing = open_landing()
     with _open_instance() as instance:
-        register(instance, found, roots, landing)
+        _register(instance, found, roots, landing)
         _reconcile(instance, landing)
         if force:
             todo = [entry.file_key for entry in found.files]
@@ -87,19 +86,28 @@ def scan(
     try_home_and_landing()
     roots, found = _scan(library)
 
-    from audio_assets.defs.registration import register
     from audio_assets.warehouse import open_landing
 
     with _open_instance() as instance:
-        registered = register(instance, found, roots, open_landing())
-    console.print(
-        f"{registered.added} partitions added; {registered.gone} files gone, "
-        f"{registered.removed} partitions removed."
-    )
+        console.print(_register(instance, found, roots, open_landing()))
+
+
+def _register(
+    instance: "DagsterInstance",
+    found: "LibraryScan",
+    roots: Mapping[str, Path],
+    landing: "Landing",
+) -> str:
+    """Register the files found, tell Dagster, and return what was found in words."""
+    from audio_assets.defs.library_files import files_observation, in_words
+    from audio_assets.defs.registration import register
+
+    registered = register(instance, found, roots, landing)
+    summary = in_words(registered.counts)
     if registered.to_remove:
-        console.print(
-            f"{registered.to_remove} partitions of gone files stay until no run is active."
-        )
+        summary += f"; {registered.to_remove} partitions stay until no run is active"
+    instance.report_runless_asset_event(files_observation(summary, registered.counts))
+    return summary
 
 
 def forget(

@@ -11,12 +11,17 @@ LIBRARY_FILES = dg.AssetKey([FILES.schema, FILES.name])
 library_files = dg.AssetSpec(
     LIBRARY_FILES,
     group_name=FILES.schema,
-    description="The audio files below the library's roots. The sensor discover_files observes "
-    "what is new, changed, moved or gone",
+    description="The audio files below the library's roots. The sensor discover_files, and the "
+    "commands scan and analyze, observe what is new, changed, moved or gone",
     kinds={"file"},
     owners=["team:audio-features"],
     metadata={"dagster/table_name": f"{FILES.schema}.{FILES.name}"},
 )
+
+
+def in_words(counts: Mapping[str, int]) -> str:
+    """Return one line that says what a scan found."""
+    return ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
 
 
 def files_observation(summary: str, counts: Mapping[str, int]) -> dg.AssetObservation:

@@ -62,6 +62,19 @@ class Registration:
     new_or_changed: dict[str, str]
     partition_keys: list[str]
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """What there is now and what was found, in numbers for people to read."""
+        return {
+            "files": len(self.partition_keys) - self.to_remove,
+            "added": self.added,
+            "changed": self.changed,
+            "moved": self.moved,
+            "gone": self.gone,
+            "back": self.back,
+            "partitions_removed": self.removed,
+        }
+
 
 def register(
     instance: dg.DagsterInstance,

@@ -12,7 +12,7 @@ from blake3 import blake3
 
 from audio_assets.defs.history import reconcile
 from audio_assets.defs.jobs import all_features, robustness_stats
-from audio_assets.defs.library_files import files_observation
+from audio_assets.defs.library_files import files_observation, in_words
 from audio_assets.defs.long_waits import resumptions
 from audio_assets.defs.partitions import (
     FINISHED,
@@ -106,19 +106,11 @@ def discover_files(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.
     ]
     left = next(pending, None) is not None
     is_blocked = bool(registered.to_remove or changed.keys() & under_way)
-    counts = {
-        "files": len(files),
-        "added": registered.added,
-        "changed": registered.changed,
-        "moved": registered.moved,
-        "gone": registered.gone,
-        "back": registered.back,
+    counts = registered.counts | {
         "quarantined": len(quarantined & {entry.file_key for entry in files}),
-        "partitions_removed": registered.removed,
         "runs_requested": len(requests),
     }
-    said = [f"{number} {name.replace('_', ' ')}" for name, number in counts.items() if number]
-    summary = "; ".join([", ".join(said) + (", more to come" if left else ""), *warnings])
+    summary = "; ".join([in_words(counts) + (", more to come" if left else ""), *warnings])
     context.log.info(summary)
     return dg.SensorResult(
         run_requests=requests,

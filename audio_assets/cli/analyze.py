@@ -1,6 +1,8 @@
 """`audio-assets analyze`: runs over batches of files, in this process."""
 
+import os
 import signal
+import sys
 import time
 import uuid
 from collections import defaultdict
@@ -176,6 +178,10 @@ class _Progress:
         self._printed = self._started = time.monotonic()
 
     def __enter__(self) -> "_Progress":
+        # Of its own: while a step runs, Dagster has standard output lead to a file.
+        self._console.file = os.fdopen(
+            os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors
+        )
         self._bar.start()
         return self
 
@@ -183,6 +189,8 @@ class _Progress:
         self._bar.stop()
         if self._bar.disable:
             self._print()
+        self._console.file.close()
+        self._console.file = sys.stdout
 
     def follow(self, instance: dg.DagsterInstance, run_id: str) -> None:
         """Count the cells that a run has ended since, and show the progress."""
@@ -227,15 +235,12 @@ class _Progress:
         [task] = self._bar.tasks
         files = sum(len(cells) == len(FEATURE_SETS) for cells in self._cells.values())
         speed = self._audio_s / len(FEATURE_SETS) / (time.monotonic() - self._started)
-        parts = [
-            f"{files}/{self._files} files",
-            f"{task.completed:.0f}/{task.total:.0f} cells",
-            f"{speed:.1f}x real time",
-            f"{self._failures} failed",
-        ]
+        parts = [f"{files}/{self._files} files", f"{self._failures} failed"]
         if task.time_remaining:
             end = datetime.now().astimezone() + timedelta(seconds=task.time_remaining)
             parts.append(f"ends about {end:%H:%M}" + (f" on {end:%d %b}" if _is_later(end) else ""))
+        # A narrow terminal cuts what comes last.
+        parts += [f"{task.completed:.0f}/{task.total:.0f} cells", f"{speed:.1f}x real time"]
         return " · ".join(parts)
 
 

@@ -151,6 +151,23 @@ def test_an_export_is_what_a_query_returns_or_a_sentence(published: Home, tmp_pa
         assert (done.returncode, done.stdout.count("\n"), done.stderr) == (code, 1, ""), done.stdout
 
 
+def test_progress_is_shown_while_standard_output_leads_elsewhere() -> None:
+    script = (
+        "import os\n"
+        "from audio_assets.cli.analyze import _Progress\n"
+        "from audio_assets.cli.printing import console\n"
+        "with _Progress(console, files=3):\n"
+        "    before = os.dup(1)\n"
+        "    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n"  # as Dagster does, for a step's log
+        "os.dup2(before, 1)\n"
+        "console.print('end')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=PROJECT, capture_output=True, text=True, check=True
+    )
+    assert re.fullmatch(r"0/3 files .*\nend\n", done.stdout), done.stdout
+
+
 def test_times_are_local_and_numbers_have_four_digits(published: Home) -> None:
     home = Home(published.path, {"TZ": "Europe/Berlin"})
     sql = "SELECT TIMESTAMPTZ '2026-03-01 12:00:00+00' AS at, 1.23456789::DOUBLE AS x, NULL AS y"

@@ -4,6 +4,7 @@ A module that has commands imports at its top what is light. What a command need
 Dagster, DuckDB or SQLAlchemy, its function imports.
 """
 
+import gc
 import sys
 from typing import Annotated
 
@@ -35,6 +36,8 @@ def main() -> None:
         console.print(reason, style="red", highlight=False)
         console.print("`audio-assets doctor` says what to do.")
         sys.exit(ExitCode.FAILED)
+    finally:
+        gc.freeze()  # else Python, as it exits, searches all of Dagster for cycles: up to a second
 
 
 class _Command(TyperCommand):

@@ -1,14 +1,30 @@
 """Harmonic pitch class profile and tuning."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio
 from audio_assets.features.base import Column, FeatureSet, Row
-from audio_assets.features.essentia_library import Frames, essentia, per_frame
 from audio_assets.features.pictures import columns
-from audio_assets.features.statistics import is_silent, mean_and_std, pool_moments, weighted_mean
+from audio_assets.features.spectra import (
+    A_HZ,
+    Peaks,
+    Values,
+    find_peaks,
+    frame_blocks,
+    magnitude_spectra,
+    pitch_classes,
+    semitones,
+)
+from audio_assets.features.statistics import (
+    finite_list,
+    is_silent,
+    mean_and_std,
+    mono_is_silent,
+    pool_moments,
+    weighted_mean,
+)
 
 FRAME_SIZE = 4096
 HOP_SIZE = 2048
@@ -16,34 +32,45 @@ LOWEST_HZ = 40.0
 HIGHEST_HZ = 5000.0
 MAGNITUDE_THRESHOLD = 1e-5
 
-_A_HZ = 440.0
+_MOST_PEAKS = 100
+_CENTS = 100
+_LOWEST_CENTS = -35
+"""Deviations further down are taken for ones upwards, from the semitone below."""
 _SPLIT_HZ = 500.0
 """Essentia scales the profiles below and above this before it adds them."""
 
 
 def _extract(audio: Audio) -> Row:
-    samples = audio.mono()
-    if is_silent(samples):
+    if mono_is_silent(audio):
         return FEATURE_SET.empty_row
-    library = essentia()
-    window, spectrum = library.Windowing(type="blackmanharris62"), library.Spectrum()
-    peaks = library.SpectralPeaks(
-        orderBy="magnitude",
-        magnitudeThreshold=MAGNITUDE_THRESHOLD,
-        minFrequency=LOWEST_HZ,
-        maxFrequency=HIGHEST_HZ,
-    )
-    hpcp, tuning = library.HPCP(), library.TuningFrequency()
+    cents = np.zeros(_CENTS)
+    mean, std = mean_and_std(_describe(audio, cents))
+    most_frequent = int(cents.argmax()) - _CENTS // 2 if cents.any() else 0
+    if most_frequent < _LOWEST_CENTS:
+        most_frequent += _CENTS
+    return {
+        "mean": finite_list(mean),
+        "std": finite_list(std),
+        "tuning_hz": A_HZ * 2 ** (most_frequent / 1200),
+    }
 
-    def describe(frame: Samples) -> Samples:
-        frequencies, magnitudes = peaks(spectrum(window(frame)))
-        tuning_hz, _ = tuning(frequencies, magnitudes)
-        return np.append(hpcp(frequencies, magnitudes), tuning_hz)
 
-    frames = per_frame(samples, FRAME_SIZE, HOP_SIZE, describe)
-    mean, std = mean_and_std(frames[:, :-1])
-    # The estimate of each frame rests on all frames up to it.
-    return {"mean": mean, "std": std, "tuning_hz": float(frames[-1, -1])}
+def _describe(audio: Audio, cents: Values) -> Iterator[Values]:
+    """Yield the profiles of blocks of frames, and count the frames' tunings, weighted by energy.
+
+    Cents are counted from half a semitone under equal temperament.
+    """
+    for frames in frame_blocks(audio, FRAME_SIZE, HOP_SIZE):
+        magnitudes = magnitude_spectra(frames, "blackmanharris62")
+        peaks = find_peaks(magnitudes, LOWEST_HZ, HIGHEST_HZ, MAGNITUDE_THRESHOLD, _MOST_PEAKS)
+        yield _profiles(peaks, len(frames))
+        _, deviations = pitch_classes(semitones(peaks.frequencies))
+        bins = np.floor(_CENTS * (deviations + 0.5) + 0.5).astype(np.intp) % _CENTS
+        histograms = np.bincount(
+            _CENTS * peaks.frames + bins, peaks.magnitudes, _CENTS * len(frames)
+        ).reshape(-1, _CENTS)
+        energies = np.bincount(peaks.frames, peaks.magnitudes**2, len(frames))
+        np.add.at(cents, histograms.argmax(axis=1), energies)
 
 
 def _extract_alternative(audio: Audio) -> Row:
@@ -63,30 +90,29 @@ def _extract_alternative(audio: Audio) -> Row:
     loud = magnitudes[magnitudes > 0.1 * magnitudes.max(axis=0)]
     strong = magnitudes > np.median(loud) if len(loud) else magnitudes > 0
     tuning = librosa.pitch_tuning(pitches[strong]) if strong.any() else 0.0
-    low = pitches < _SPLIT_HZ
-    profiles = _profiles(pitches, magnitudes * low) + _profiles(pitches, magnitudes * ~low)
-    mean, std = mean_and_std(_scaled(profiles))
-    return {"mean": mean, "std": std, "tuning_hz": _A_HZ * 2 ** (float(tuning) / 12)}
+    frames, bins = np.nonzero(magnitudes.T)
+    peaks = Peaks(frames, pitches[bins, frames], magnitudes[bins, frames])
+    mean, std = mean_and_std([_profiles(peaks, magnitudes.shape[1])])
+    return {
+        "mean": finite_list(mean),
+        "std": finite_list(std),
+        "tuning_hz": A_HZ * 2 ** (float(tuning) / 12),
+    }
 
 
-def _profiles(pitches: Samples, magnitudes: Samples) -> Frames:
-    """Return the pitch class profile of each frame's peaks (Gómez, 2006), from A, scaled.
-
-    Pitches (Hz) and magnitudes have the shape (bins, frames), the profiles (frames, 12).
-    """
-    bins, frames = np.nonzero(magnitudes)
-    semitones = 12 * np.log2(pitches[bins, frames] / _A_HZ)
-    nearest = np.rint(semitones)
-    energies = (magnitudes[bins, frames] * np.cos(np.pi * (semitones - nearest))) ** 2
-    classes = 12 * frames + (nearest % 12).astype(int)
-    sums = np.bincount(classes, energies, 12 * pitches.shape[1]).astype(np.float64)
-    return _scaled(sums.reshape(-1, 12))
+def _profiles(peaks: Peaks, frames: int) -> Values:
+    """Return the pitch class profile of each frame (Gómez, 2006), from A, shape (frames, 12)."""
+    classes, deviations = pitch_classes(semitones(peaks.frequencies))
+    energies = (peaks.magnitudes * np.cos(np.pi * deviations)) ** 2
+    bands = 2 * peaks.frames + (peaks.frequencies >= _SPLIT_HZ)
+    sums = np.bincount(12 * bands + classes, energies, 24 * frames).astype(np.float64)
+    return _scaled(_scaled(sums.reshape(frames, 2, 12)).sum(axis=1))
 
 
-def _scaled(profiles: Frames) -> Frames:
+def _scaled(profiles: Values) -> Values:
     """Scale each profile's largest value to 1."""
-    largest = profiles.max(axis=1, keepdims=True)
-    scaled: Frames = np.divide(profiles, largest, out=np.zeros_like(profiles), where=largest > 0)
+    largest = profiles.max(axis=-1, keepdims=True)
+    scaled: Values = np.divide(profiles, largest, out=np.zeros_like(profiles), where=largest > 0)
     return scaled
 
 

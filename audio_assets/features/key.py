@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 
@@ -9,12 +10,34 @@ from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
 from audio_assets.features.pictures import bars
-from audio_assets.features.statistics import is_silent, weighted_mean
+from audio_assets.features.spectra import (
+    Peaks,
+    Values,
+    find_peaks,
+    frame_blocks,
+    magnitude_spectra,
+    pitch_classes,
+    semitones,
+)
+from audio_assets.features.statistics import is_silent, mono_is_silent, weighted_mean
 
 SECOND_PROFILE = "temperley"
 
 _TONICS = ("C", "C#", "D", "Eb", "E", "F", "F#", "G", "Ab", "A", "Bb", "B")
-_FRAME_SIZE = 8192
+_FRAME_SIZE = 8192  # of the alternative
+_PEAK_FRAME_SIZE = 4096
+_LOWEST_HZ = 25.0
+_HIGHEST_HZ = 3500.0
+_MAGNITUDE_THRESHOLD = 1e-4
+_MOST_PEAKS = 60
+_HARMONICS = ((0.0, 3.0), (12 * np.log2(3 / 2), 1.0), (12 * np.log2(5 / 4), 2 / np.log2(5)))
+"""Intervals (semitones) down from a peak to the pitches whose harmonic it may be, and weights.
+
+Those of the first five harmonics; three of them are of one pitch class.
+"""
+_LEAST_SHARE = 0.2
+_ENVELOPE_STEP_HZ = 100.0
+_ENVELOPE_FLOOR = 1e-20
 _NO_KEY = (None, None, None)
 
 # The alternative's key profiles from the tonic, major and minor.
@@ -48,13 +71,71 @@ def camelot(key: str, scale: str) -> str:
 
 
 def _extract(audio: Audio) -> Row:
-    samples = audio.mono()
-    if is_silent(samples):
+    if mono_is_silent(audio):
         return _row(None, None)
-    library = essentia()
-    return _row(
-        library.KeyExtractor()(samples), library.KeyExtractor(profileType=SECOND_PROFILE)(samples)
+    profile = _pitch_class_profile(audio)
+    first, second = (
+        essentia().Key(
+            usePolyphony=False, useThreeChords=False, pcpSize=12, profileType=profile_type
+        )(profile)[:3]
+        for profile_type in ("bgate", SECOND_PROFILE)
     )
+    return _row(first, second)
+
+
+def _pitch_class_profile(audio: Audio) -> Samples:
+    """Return the profile of the whole signal from A, as Essentia's KeyExtractor has it.
+
+    The largest of the 12 values is 1; those under 0.2 are 0.
+    """
+    profile = np.zeros(12)
+    for frames in frame_blocks(audio, _PEAK_FRAME_SIZE, _PEAK_FRAME_SIZE):
+        magnitudes = magnitude_spectra(frames)
+        peaks = find_peaks(magnitudes, _LOWEST_HZ, _HIGHEST_HZ, _MAGNITUDE_THRESHOLD, _MOST_PEAKS)
+        energies = _whitened(peaks, magnitudes)
+        pitches = semitones(peaks.frequencies)
+        for interval, weight in _HARMONICS:
+            classes, deviations = pitch_classes(pitches - interval)
+            weights = energies * np.cos(np.pi * deviations) * weight**2
+            profile += np.bincount(classes, weights, 12)
+    profile /= profile.max() or 1
+    profile[profile < _LEAST_SHARE] = 0
+    return profile.astype(np.float32)
+
+
+def _whitened(peaks: Peaks, magnitudes: Samples) -> Values:
+    """Return the energies of peaks over the spectral envelope, at most 1, lower for high pitches.
+
+    The envelope (Serrà et al., 2008) has a point every 100 Hz. Peaks 30 dB below it count for
+    nothing.
+    """
+    bands = _envelope_bands()
+    power = np.square(magnitudes[:, : len(bands)], dtype=np.float64)
+    weights = power @ bands
+    envelope = np.divide(
+        np.square(power) @ bands, weights, out=np.zeros_like(weights), where=weights > 0
+    )
+    levels = 10 * np.log10(np.maximum(envelope, _ENVELOPE_FLOOR))
+    points, shares = np.divmod(peaks.frequencies / _ENVELOPE_STEP_HZ, 1)
+    below, above = (levels[peaks.frames, points.astype(np.intp) + i] for i in (0, 1))
+    over_envelope = 20 * np.log10(peaks.magnitudes) - (below + shares * (above - below))
+    whitened = np.where(over_envelope > -30, np.minimum(over_envelope, 0), -200)
+    energies: Values = 10 ** ((whitened - peaks.frequencies / 200) / 10)
+    return energies
+
+
+@cache
+def _envelope_bands() -> Values:
+    """Return the weights of the bins around each point of the envelope, shape (bins, points)."""
+    frequencies = np.arange(0, _HIGHEST_HZ + 2 * _ENVELOPE_STEP_HZ, _ENVELOPE_STEP_HZ)
+    bin_hz = SAMPLE_RATE / _PEAK_FRAME_SIZE
+    starts = np.floor((frequencies - np.maximum(50, 0.34 * frequencies)) / bin_hz + 0.5)
+    stops = np.floor((frequencies + np.maximum(50, 0.58 * frequencies)) / bin_hz + 0.5)
+    starts = np.maximum(starts, 0)
+    middles, halves = (starts + stops) / 2, (stops - starts) / 2
+    bins = np.arange(stops.max())[:, None]
+    weights = np.maximum(1 - np.abs(bins - middles) / halves, 0) ** 4
+    return np.where((bins >= starts) & (bins < stops), weights, 0)
 
 
 def _extract_alternative(audio: Audio) -> Row:

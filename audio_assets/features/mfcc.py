@@ -1,14 +1,16 @@
 """Mel-frequency cepstral coefficients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cache
 
 import numpy as np
 
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
-from audio_assets.features.essentia_library import essentia, per_frame
+from audio_assets.features.essentia_library import essentia
 from audio_assets.features.pictures import columns
-from audio_assets.features.statistics import mean_and_std, pool_moments
+from audio_assets.features.spectra import frame_blocks, magnitude_spectra
+from audio_assets.features.statistics import finite_list, mean_and_std, pool_moments
 
 FRAME_SIZE = 2048
 HOP_SIZE = 1024
@@ -19,20 +21,24 @@ SILENCE = 1e-10
 
 
 def _extract(audio: Audio) -> Row:
-    library = essentia()
-    window, spectrum, mfcc = library.Windowing(), library.Spectrum(), library.MFCC()
+    filters = _mel_filters()
+    return _row(
+        np.square(magnitude_spectra(frames)[:, : len(filters)]) @ filters
+        for frames in frame_blocks(audio, FRAME_SIZE, HOP_SIZE)
+    )
 
-    def describe(frame: Samples) -> Samples:
-        _, coefficients = mfcc(spectrum(window(frame)))
-        return coefficients  # type: ignore[no-any-return]
 
-    mean, std = mean_and_std(per_frame(audio.mono(), FRAME_SIZE, HOP_SIZE, describe))
-    return {"mean": mean, "std": std}
+@cache
+def _mel_filters() -> Samples:
+    """Return Essentia's Mel filters for powers, shape (bins up to the highest, bands)."""
+    bands = essentia().MelBands(numberBands=BANDS, highFrequencyBound=HIGHEST_HZ, type="magnitude")
+    highest = int(HIGHEST_HZ * FRAME_SIZE / SAMPLE_RATE)
+    bins = np.eye(FRAME_SIZE // 2 + 1, dtype=np.float32)[: highest + 1]
+    return np.array([bands(bin_) for bin_ in bins])
 
 
 def _extract_alternative(audio: Audio) -> Row:
     import librosa
-    import scipy.fft
 
     window = np.hanning(FRAME_SIZE)
     # Essentia scales its windows to a sum of 2.
@@ -50,10 +56,21 @@ def _extract_alternative(audio: Audio) -> Row:
         htk=True,
         norm=1,
     )
-    level = 20 * np.log10(np.maximum(mel, SILENCE))
-    coefficients = scipy.fft.dct(level, axis=0, type=2, norm="ortho")[:COEFFICIENTS]
-    mean, std = mean_and_std(coefficients.T)
-    return {"mean": mean, "std": std}
+    return _row([mel.T])
+
+
+def _row(blocks: Iterable[Samples]) -> Row:
+    """Return the statistics of the cepstrum of Mel spectra, each block of shape (frames, bands)."""
+    from scipy import fft
+
+    def cepstra(bands: Samples) -> Samples:
+        # Twice the level of a power: Essentia takes it for an amplitude.
+        levels = 20 * np.log10(np.maximum(bands, SILENCE))
+        coefficients: Samples = fft.dct(levels, type=2, norm="ortho")[:, :COEFFICIENTS]
+        return coefficients
+
+    mean, std = mean_and_std(map(cepstra, blocks))
+    return {"mean": finite_list(mean), "std": finite_list(std)}
 
 
 def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:

@@ -16,9 +16,8 @@ from audio_assets.features.onset_functions import (
     onset_functions,
 )
 from audio_assets.features.pictures import curve
-from audio_assets.features.statistics import is_silent, weighted_mean
+from audio_assets.features.statistics import is_silent, mono_is_silent, weighted_mean
 
-_BLOCK_SECONDS = 10
 _FRAME_S = 2048 / SAMPLE_RATE
 _TEMPO_TOLERANCE = 5.0
 _TEMPI = (35.0, 213.0)
@@ -27,17 +26,11 @@ _LEAST_BEATS = 4
 
 
 def _extract(audio: Audio) -> Row:
-    if _mono_is_silent(audio):
+    if mono_is_silent(audio):
         return _row(0.0, None, [], 0.0)
     beats, confidence = _track_beats(beat_functions(audio))
     onsets = essentia().Onsets()(onset_functions(audio), [1, 1])
     return _row(_tempo(beats), confidence, beats.tolist(), len(onsets) / audio.duration_s)
-
-
-def _mono_is_silent(audio: Audio) -> bool:
-    """Return whether the mean of the channels is silent; reads no more than it needs to."""
-    starts = np.arange(0, audio.duration_s, _BLOCK_SECONDS)
-    return all(is_silent(audio.block(start, start + _BLOCK_SECONDS).mono()) for start in starts)
 
 
 def _track_beats(functions: BeatFunctions) -> tuple[Samples, float]:

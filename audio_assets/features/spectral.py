@@ -1,21 +1,27 @@
 """Shape of the spectrum."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
 
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
-from audio_assets.features.essentia_library import Frames, essentia, per_frame
 from audio_assets.features.pictures import bars
-from audio_assets.features.statistics import is_silent, mean_and_std, pool_moments
+from audio_assets.features.spectra import Values, frame_blocks, magnitude_spectra
+from audio_assets.features.statistics import (
+    is_silent,
+    mean_and_std,
+    mono_is_silent,
+    pool_moments,
+)
 
 FRAME_SIZE = 2048
 HOP_SIZE = 1024
 
 _SCALARS = ("centroid", "rolloff", "spread", "flux", "flatness", "zero_crossing_rate")
 _NYQUIST = SAMPLE_RATE / 2
+_BIN_HZ = SAMPLE_RATE / FRAME_SIZE
 _ROLLOFF_SHARE = 0.85
 _FLATNESS_FLOOR_DB = -60.0
 
@@ -24,6 +30,7 @@ _BARK_EDGES = (
     *(0, 50, 100, 150, 200, 300, 400, 510, 630, 770, 920, 1080, 1270, 1480, 1720, 2000, 2320),
     *(2700, 3150, 3700, 4400, 5300, 6400, 7700, 9500, 12000, 15500, 20500),
 )
+_BARK_BINS = np.rint(np.array(_BARK_EDGES) / _BIN_HZ).astype(int)
 
 # Bins at which Essentia divides 20 Hz to 11 kHz in six bands, part evenly and part by octaves.
 _CONTRAST_EDGES = (1, 16, 33, 59, 108, 221, 512)
@@ -32,32 +39,47 @@ _SMALLEST = 1e-30
 
 
 def _extract(audio: Audio) -> Row:
-    samples = audio.mono()
-    if is_silent(samples):
-        return FEATURE_SET.empty_row
-    library = essentia()
-    window, spectrum = library.Windowing(), library.Spectrum()
-    centroid = library.Centroid(range=_NYQUIST)
-    moments = library.CentralMoments(range=_NYQUIST)
-    rolloff, flux = library.RollOff(), library.Flux()
-    bark_bands, flatness = library.BarkBands(), library.FlatnessDB()
-    crossings = library.ZeroCrossingRate()
-    contrast = library.SpectralContrast(sampleRate=SAMPLE_RATE)
+    return FEATURE_SET.empty_row if mono_is_silent(audio) else _row(_descriptions(audio))
 
-    def describe(frame: Samples) -> list[float]:
-        magnitudes = spectrum(window(frame))
-        return [
-            centroid(magnitudes),
-            rolloff(magnitudes),
-            moments(magnitudes)[2] ** 0.5,
-            flux(magnitudes),
-            # Essentia gives the share of -60 dB.
-            _FLATNESS_FLOOR_DB * flatness(bark_bands(magnitudes)),
-            crossings(frame),
-            *contrast(magnitudes)[0],
-        ]
 
-    return _row(per_frame(samples, FRAME_SIZE, HOP_SIZE, describe))
+def _descriptions(audio: Audio) -> Iterator[Values]:
+    """Yield the values of each frame, in blocks of shape (frames, values)."""
+    bins = np.arange(FRAME_SIZE // 2 + 1)
+    powers_of_bins = np.stack([bins**0, bins, bins**2], axis=1).astype(np.float64)
+    before = np.zeros((1, len(bins)), np.float32)
+    for frames in frame_blocks(audio, FRAME_SIZE, HOP_SIZE):
+        magnitudes = magnitude_spectra(frames)
+        power = np.square(magnitudes)
+        weight, first, second = (magnitudes @ powers_of_bins).T
+        weight[weight == 0] = 1
+        centroid = first / weight
+        energy = np.cumsum(power, axis=1)
+        rolloff = (energy < _ROLLOFF_SHARE * energy[:, -1:]).sum(axis=1)
+        spread = np.sqrt(np.maximum(second / weight - centroid**2, 0))
+        flux = np.linalg.norm(np.diff(magnitudes, axis=0, prepend=before), axis=1)
+        before = magnitudes[-1:]
+        bark_bands = np.add.reduceat(power, _BARK_BINS, axis=1)[:, :-1]
+        crossings = np.count_nonzero(np.diff(frames > 0, axis=1), axis=1)
+        yield np.column_stack(
+            [
+                centroid * _BIN_HZ,
+                rolloff * _BIN_HZ,
+                spread * _BIN_HZ,
+                flux,
+                _flatness(bark_bands),
+                crossings / FRAME_SIZE,
+                _contrast(magnitudes),
+            ]
+        )
+
+
+def _flatness(bands: Samples) -> Values:
+    """Return the geometric over the arithmetic mean (dB) of each frame's bands."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        level = 10 * (np.log10(bands).mean(axis=1) - np.log10(bands.mean(axis=1)))
+    # Of silence the level is no number.
+    flatness: Values = np.fmax(level, _FLATNESS_FLOOR_DB)
+    return flatness
 
 
 def _extract_alternative(audio: Audio) -> Row:
@@ -71,8 +93,7 @@ def _extract_alternative(audio: Audio) -> Row:
     window *= 2 / window.sum()
     magnitudes = np.abs(librosa.stft(samples, n_fft=FRAME_SIZE, hop_length=HOP_SIZE, window=window))
     previous = np.pad(magnitudes, ((0, 0), (1, 0)))[:, :-1]
-    bark_bins = np.rint(np.array(_BARK_EDGES) * FRAME_SIZE / SAMPLE_RATE).astype(int)
-    bark_bands = np.add.reduceat(magnitudes**2, bark_bins[:-1], axis=0)
+    bark_bands = np.add.reduceat(magnitudes**2, _BARK_BINS, axis=0)[:-1]
     flatness = librosa.feature.spectral_flatness(S=bark_bands, power=1.0, amin=_SMALLEST)
     frames = np.vstack(
         [
@@ -86,22 +107,24 @@ def _extract_alternative(audio: Audio) -> Row:
             librosa.feature.zero_crossing_rate(
                 samples, frame_length=FRAME_SIZE, hop_length=HOP_SIZE
             ),
-            _contrast(magnitudes),
+            _contrast(magnitudes.T).T,
         ]
     )
-    return _row(frames.T)
+    return _row([frames.T])
 
 
-def _contrast(magnitudes: Samples) -> Frames:
-    """Return the shape-based spectral contrast (Akkermans et al., 2009), shape (6, frames)."""
+def _contrast(magnitudes: Samples) -> Values:
+    """Return the shape-based spectral contrast (Akkermans et al., 2009), shape (frames, 6)."""
     contrast = []
     for low, high in pairwise(_CONTRAST_EDGES):
-        band = np.sort(magnitudes[low:high].astype(np.float64), axis=0)
-        neighbours = max(1, round(_CONTRAST_NEIGHBOURS * len(band)))
-        valley = band[:neighbours].mean(axis=0) + _SMALLEST
-        peak = band[-neighbours:].mean(axis=0) + _SMALLEST
-        contrast.append(-((peak / valley) ** (1 / np.log(band.mean(axis=0) + _SMALLEST))))
-    return np.array(contrast)
+        band = np.sort(magnitudes[:, low:high], axis=1)
+        neighbours = max(1, round(_CONTRAST_NEIGHBOURS * band.shape[1]))
+        valley, peak, mean = (
+            part.mean(axis=1, dtype=np.float64) + _SMALLEST
+            for part in (band[:, :neighbours], band[:, -neighbours:], band)
+        )
+        contrast.append(-((peak / valley) ** (1 / np.log(mean))))
+    return np.column_stack(contrast)
 
 
 _RANGES = {
@@ -115,15 +138,16 @@ _RANGES = {
 """Ranges of the means."""
 
 
-def _row(frames: Frames) -> Row:
-    means, stds = frames.mean(axis=0), frames.std(axis=0)
+def _row(blocks: Iterable[Values]) -> Row:
+    means, stds = mean_and_std(blocks)
     row: Row = {}
     for i, name in enumerate(_SCALARS):
         row[f"{name}_mean"], row[f"{name}_std"] = float(means[i]), float(stds[i])
-    row["contrast_mean"], row["contrast_std"] = mean_and_std(frames[:, len(_SCALARS) :])
+    contrast, contrast_std = means[len(_SCALARS) :], stds[len(_SCALARS) :]
     lowest, highest = _RANGES["contrast"]
-    if any(not lowest <= mean <= highest for mean in row["contrast_mean"] or ()):
-        row["contrast_mean"] = row["contrast_std"] = None
+    is_in_range = ((contrast >= lowest) & (contrast <= highest)).all()
+    row["contrast_mean"] = contrast.tolist() if is_in_range else None
+    row["contrast_std"] = contrast_std.tolist() if is_in_range else None
     return row
 
 

@@ -5,17 +5,25 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from audio_assets.audio.pcm import Samples
+from audio_assets.audio.pcm import Audio, Samples
 from audio_assets.features.base import Row
 
 SILENCE_DBFS = -90.0
 """A file whose largest sample stays under this level (dBFS) is silent."""
+
+_BLOCK_SECONDS = 10
 
 
 def is_silent(samples: Samples) -> bool:
     """Return whether all samples are below `SILENCE_DBFS`, the last bit of 16-bit audio."""
     threshold = 10 ** (SILENCE_DBFS / 20)
     return bool(samples.max() < threshold and samples.min() > -threshold)
+
+
+def mono_is_silent(audio: Audio) -> bool:
+    """Return whether the mean of the channels is silent; reads no more than it needs to."""
+    starts = np.arange(0, audio.duration_s, _BLOCK_SECONDS)
+    return all(is_silent(audio.block(start, start + _BLOCK_SECONDS).mono()) for start in starts)
 
 
 def finite(value: float | np.floating) -> float | None:
@@ -29,12 +37,28 @@ def finite_list(values: ArrayLike) -> list[float] | None:
     return array.tolist() if np.isfinite(array).all() else None
 
 
-def mean_and_std(frames: NDArray[np.floating]) -> tuple[list[float] | None, list[float] | None]:
-    """Return mean and population standard deviation over frames, shape (frames, values)."""
-    return (
-        finite_list(frames.mean(axis=0, dtype=np.float64)),
-        finite_list(frames.std(axis=0, dtype=np.float64)),
-    )
+def mean_and_std(
+    blocks: Iterable[NDArray[np.floating]],
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Return mean and population standard deviation over frames that come in blocks.
+
+    In constant memory, and without cancellation (Chan, Golub and LeVeque, The American Statistician
+    37(3), 1983).
+
+    Parameters
+    ----------
+    blocks : iterable of ndarray, shape (frames, values)
+        At least one frame in all.
+    """
+    count, mean, squares = 0, np.zeros(1), np.zeros(1)
+    for block in blocks:
+        block_mean = block.mean(axis=0, dtype=np.float64)
+        share = len(block) / (count + len(block))
+        change = block_mean - mean
+        squares = squares + np.square(block - block_mean).sum(axis=0) + share * count * change**2
+        mean = mean + share * change
+        count += len(block)
+    return mean, np.sqrt(squares / count)
 
 
 def weighted_mean(values: Iterable[float | None], weights: Sequence[float]) -> float | None:

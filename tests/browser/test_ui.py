@@ -134,9 +134,9 @@ def test_list_of_runs_tells_failed_files_from_failed_runs(
     page.goto("/runs")
     page.get_by_text("Show runs within backfills").click()
     expect(page.get_by_text("audio_assets/result: bad_files").first).to_be_visible()
-    page.get_by_role("link", name=re.compile("^[0-9a-f]{8}$")).first.click()
+    page.get_by_role("link", name="View", exact=True).first.click()
     expect(
-        page.get_by_text(re.compile("files failed; their partitions say why")).first
+        page.get_by_text(re.compile("files failed; the check analysed says why")).first
     ).to_be_visible()
     expect(page.get_by_text("Stack Trace")).to_have_count(0)
 

@@ -1,6 +1,7 @@
 """Decoded audio: what `decode` writes and every feature set reads."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -14,6 +15,8 @@ from robustness.error_classifier import ErrorInfo
 
 SAMPLE_RATE = 44100
 """Sample rate (Hz) of all decoded audio."""
+
+_BLOCK_SIZE = 60 * SAMPLE_RATE
 
 Samples = NDArray[np.float32]
 
@@ -93,7 +96,7 @@ class Audio:
         self.decode_error = decode_error
         self._pcm = pcm
         self._stamp = stamp
-        self._mono: dict[int, Samples] = {}
+        self._mono: Samples | None = None
 
     @classmethod
     def open(cls, scratch_path: Path, path: Path, stamp: FileStamp | None = None) -> "Audio":
@@ -177,35 +180,35 @@ class Audio:
         """Return both channels, shape (samples, 2); a mono file has the same signal in both."""
         return np.ascontiguousarray(np.broadcast_to(self.pcm, (len(self.pcm), 2)))
 
-    def mono(self, sample_rate: int = SAMPLE_RATE) -> Samples:
+    def mono(self) -> Samples:
         """Return the mean of the channels, or `SourceInfo.louder_channel`, shape (samples,).
 
-        Parameters
-        ----------
-        sample_rate : int
-            Sample rate (Hz) of the result, resampled by soxr where it is not `SAMPLE_RATE`.
-            Each rate is computed once and kept.
+        It is computed once and kept.
         """
-        if sample_rate not in self._mono:
-            if sample_rate == SAMPLE_RATE:
-                channel = self.source and self.source.louder_channel
-                samples = np.array(self.pcm[:, channel or 0])
-                if self.channels == 2 and channel is None:
-                    # The result of np.mean in an eighth of its time.
-                    samples += self.pcm[:, 1]
-                    samples *= np.float32(0.5)
-            else:
-                # soxr's default: at VHQ, MusiCNN's reference activations are missed by over 1e-4.
-                samples = soxr.resample(self.mono(), SAMPLE_RATE, sample_rate, quality="HQ")
-            self._mono[sample_rate] = samples
-        return self._mono[sample_rate]
+        if self._mono is None:
+            channel = self.source and self.source.louder_channel
+            self._mono = np.array(self.pcm[:, channel or 0])
+            if self.channels == 2 and channel is None:
+                # The result of np.mean in an eighth of its time.
+                self._mono += self.pcm[:, 1]
+                self._mono *= np.float32(0.5)
+        return self._mono
+
+    def resampled_mono(self, sample_rate: int) -> Iterator[Samples]:
+        """Yield the mono signal at another rate (Hz), in blocks that follow each other."""
+        # soxr's default: at VHQ, MusiCNN's reference activations are missed by over 1e-4.
+        resampler = soxr.ResampleStream(SAMPLE_RATE, sample_rate, 1, quality="HQ")
+        for start in range(0, len(self.pcm), _BLOCK_SIZE):
+            stop = start + _BLOCK_SIZE
+            block = self.block(start / SAMPLE_RATE, stop / SAMPLE_RATE).mono()
+            yield resampler.resample_chunk(block, last=stop >= len(self.pcm))
 
     def block(self, start_s: float, stop_s: float) -> "Audio":
         """Return the part between two times (s), without copying samples."""
         start, stop = (round(seconds * SAMPLE_RATE) for seconds in (start_s, stop_s))
         part = Audio(self.path, self.source, self.pcm[start:stop], self._stamp)
-        if SAMPLE_RATE in self._mono:
-            part._mono[SAMPLE_RATE] = self._mono[SAMPLE_RATE][start:stop]
+        if self._mono is not None:
+            part._mono = self._mono[start:stop]
         return part
 
 

@@ -17,10 +17,13 @@ Where the package has no answer or a wrong one:
   first patch for all of them.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from itertools import chain
 from typing import cast
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike, NDArray
 
 from audio_assets.audio.pcm import Audio, Samples
@@ -53,7 +56,7 @@ def _tag(audio: Audio, mel_power: MelPower) -> Row:
 
     msd, mtt = load_network("MSD_musicnn"), load_network("MTT_musicnn")
     msd_tags, mtt_tags, embeddings = [], [], []
-    for samples in patches(audio.mono(SAMPLE_RATE)):
+    for samples in patches(audio.resampled_mono(SAMPLE_RATE)):
         if is_silent(samples):
             continue
         log_mel = np.log10(10_000 * mel_power(samples) + 1)
@@ -111,13 +114,13 @@ def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
     return _row(mean_tags("msd_tags"), mean_tags("mtt_tags"), embedding, sum(weights))
 
 
-def patches(samples: Samples) -> Iterator[Samples]:
+def patches(blocks: Iterable[Samples]) -> Iterator[Samples]:
     """Cut a recording into what the patches' spectra are made of.
 
     Parameters
     ----------
-    samples : ndarray of float32, shape (n,)
-        The recording, mono at 16 kHz.
+    blocks : iterable of ndarray of float32, shape (n,)
+        The recording, mono at 16 kHz, in blocks of any lengths.
 
     Yields
     ------
@@ -125,16 +128,20 @@ def patches(samples: Samples) -> Iterator[Samples]:
         The samples of 187 frames, the first and last frames of the recording padded with zeros;
         for a recording shorter than that, once, of the frames there are.
     """
-    padded = np.pad(samples, FRAME_SIZE // 2)
-    frames = 1 + len(samples) // HOP_SIZE
-    size = (min(frames, PATCH_FRAMES) - 1) * HOP_SIZE + FRAME_SIZE
-    for patch in range(max(1, frames // PATCH_FRAMES)):
-        start = patch * PATCH_FRAMES * HOP_SIZE
-        yield padded[start : start + size]
+    size = (PATCH_FRAMES - 1) * HOP_SIZE + FRAME_SIZE
+    padding = np.zeros(FRAME_SIZE // 2, np.float32)
+    rest, is_short = padding, True
+    for block in chain(blocks, [padding]):
+        rest = np.concatenate([rest, block])
+        while len(rest) >= size:
+            yield rest[:size]
+            rest, is_short = rest[PATCH_FRAMES * HOP_SIZE :], False
+    if is_short:
+        yield rest[: len(rest) // HOP_SIZE * HOP_SIZE]
 
 
 def mel_power_essentia(samples: Samples) -> NDArray[np.float32]:
-    """Mel power spectra of the whole frames in some samples, by Essentia.
+    """Mel power spectra of the whole frames in some samples, with Essentia's bands.
 
     Essentia's own ``TensorflowInputMusiCNN`` has a symmetric window, which is not what the
     networks were trained on; with the periodic one the bands are those of librosa.
@@ -149,12 +156,16 @@ def mel_power_essentia(samples: Samples) -> NDArray[np.float32]:
     ndarray of float32, shape (1 + (n - 512) // 256, 96)
         Power in each band, unscaled.
     """
-    library = essentia()
-    window = library.Windowing(
-        type="hann", size=FRAME_SIZE, symmetric=False, normalized=False, zeroPhase=False
-    )
-    spectrum = library.Spectrum(size=FRAME_SIZE)
-    mel_bands = library.MelBands(
+    window, filters = _window_and_filters()
+    frames = sliding_window_view(samples, FRAME_SIZE)[::HOP_SIZE]
+    spectra = np.fft.rfft(frames * window)
+    return np.asarray((spectra.real**2 + spectra.imag**2) @ filters, np.float32)
+
+
+@cache
+def _window_and_filters() -> tuple[Samples, NDArray[np.float32]]:
+    """Return the periodic Hann window, and what each bin gives to each band, shape (257, 96)."""
+    mel_bands = essentia().MelBands(
         inputSize=FRAME_SIZE // 2 + 1,
         sampleRate=SAMPLE_RATE,
         numberBands=MEL_BANDS,
@@ -163,14 +174,8 @@ def mel_power_essentia(samples: Samples) -> NDArray[np.float32]:
         weighting="linear",
         normalize="unit_tri",
     )
-    frames = library.FrameGenerator(
-        samples,
-        frameSize=FRAME_SIZE,
-        hopSize=HOP_SIZE,
-        startFromZero=True,
-        validFrameThresholdRatio=1,
-    )
-    return np.array([mel_bands(spectrum(window(frame))) for frame in frames])
+    filters = [mel_bands(bin_) for bin_ in np.eye(FRAME_SIZE // 2 + 1, dtype=np.float32)]
+    return np.hanning(FRAME_SIZE + 1)[:-1].astype(np.float32), np.array(filters)
 
 
 def mel_power_librosa(samples: Samples) -> NDArray[np.float32]:

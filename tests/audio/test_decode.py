@@ -9,6 +9,7 @@ import av
 import numpy as np
 import pytest
 import soundfile
+import soxr
 
 from audio_assets.audio.decode import Limits, decode
 from audio_assets.audio.errors import CorruptFileError, UnsupportedFormatError
@@ -325,9 +326,21 @@ def test_mono_is_the_mean_at_any_rate(tmp_path: Path) -> None:
     expected = tone(16000).mean(axis=1)
 
     np.testing.assert_allclose(audio.mono(), tone().mean(axis=1), atol=1e-6)
-    assert audio.mono(16000) is audio.mono(16000)
-    assert len(audio.mono(16000)) == len(expected)
-    np.testing.assert_allclose(audio.mono(16000)[500:-500], expected[500:-500], atol=1e-4)
+    assert audio.mono() is audio.mono()
+    [resampled] = audio.resampled_mono(16000)
+    assert len(resampled) == len(expected)
+    np.testing.assert_allclose(resampled[500:-500], expected[500:-500], atol=1e-4)
+
+
+def test_blocks_are_resampled_as_one() -> None:
+    noise = np.random.Generator(np.random.PCG64(4)).uniform(-1, 1, 130 * SAMPLE_RATE)
+    audio = Audio(Path("noise.wav"), None, noise.astype(np.float32)[:, np.newaxis])
+
+    resampled = list(audio.resampled_mono(16000))
+
+    assert len(resampled) == 3
+    expected = soxr.resample(audio.mono(), SAMPLE_RATE, 16000)
+    np.testing.assert_array_equal(np.concatenate(resampled), expected)
 
 
 def test_audio_without_samples_says_so(tmp_path: Path) -> None:

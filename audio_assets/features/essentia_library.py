@@ -3,14 +3,32 @@
 from functools import cache
 from importlib import import_module
 from types import ModuleType
+from typing import Any
 
 
 @cache
 def essentia() -> ModuleType:
-    """Return ``essentia.standard``; importing it takes most of a second."""
+    """Return ``essentia.standard``, which makes the class of an algorithm when it is first used.
+
+    When imported, the library itself makes all 253 with an instance of each: more than a second.
+    """
     import essentia as library
 
     # Its remarks on short or silent input say nothing that the rows do not.
     library.log.infoActive = False
     library.log.warningActive = False
-    return import_module("essentia.standard")
+    # Not public: the library offers no other way to leave classes out.
+    names = library._essentia.keys
+    library._essentia.keys = lambda: ["FrameCutter"]  # what FrameGenerator is made of
+    try:
+        standard = import_module("essentia.standard")
+    finally:
+        library._essentia.keys = names
+
+    def make_class(name: str) -> Any:
+        if name not in names():
+            raise AttributeError(f"Essentia has no algorithm {name}")
+        return standard._create_essentia_class(name)
+
+    vars(standard)["__getattr__"] = make_class
+    return standard

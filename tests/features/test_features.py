@@ -4,6 +4,8 @@ import contextlib
 import itertools
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -600,3 +602,17 @@ def test_channels_that_cancel_each_other_are_analysed(tmp_path: Path) -> None:
         else:
             assert source.louder_channel is None
             np.testing.assert_allclose(audio.mono(), 0.95 * noise, atol=1e-6)
+
+
+def test_essentias_algorithms_are_made_when_they_are_used() -> None:
+    subprocess.run(
+        [
+            *(sys.executable, "-c"),
+            "from audio_assets.features.essentia_library import essentia\n"
+            "assert 'Onsets' not in vars(essentia())\n"
+            "from essentia.standard import FrameGenerator, Onsets\n"
+            "assert essentia().Onsets is Onsets\n"
+            "assert not hasattr(essentia(), 'Nonsense')\n",
+        ],
+        check=True,
+    )

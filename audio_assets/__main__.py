@@ -1,6 +1,15 @@
-"""`python -m audio_assets` is the command line."""
+"""The command line: `python -m audio_assets`, and what the script `audio-assets` imports.
 
-from audio_assets.cli.app import main
+Each worker imports the script again, so this imports nothing at its top.
+"""
+
+
+def main() -> None:
+    """Run the command line."""
+    from audio_assets.cli.app import main
+
+    main()
+
 
 if __name__ == "__main__":
     main()

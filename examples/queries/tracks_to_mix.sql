@@ -1,9 +1,8 @@
 -- Pairs of tracks that mix well: the same or a neighbouring place on the Camelot wheel, and
--- tempos within 3 %. The closest tempos come first.
+-- tempos within 3 %. The closest tempos come first. Of files with the same content, one is shown.
 WITH mixable AS (
     SELECT
         file_key,
-        content_hash,
         coalesce(title, file_key) AS track,
         bpm,
         camelot,
@@ -11,6 +10,7 @@ WITH mixable AS (
         camelot[-1] AS letter
     FROM features.tracks
     WHERE bpm > 0 AND camelot IS NOT NULL
+    QUALIFY row_number() OVER (PARTITION BY content_hash ORDER BY file_key) = 1
 )
 SELECT
     a.track,
@@ -23,7 +23,6 @@ SELECT
 FROM mixable AS a
 JOIN mixable AS b
     ON a.file_key < b.file_key
-    AND a.content_hash <> b.content_hash
     AND abs(b.bpm / a.bpm - 1) <= 0.03
     AND (
         (a.hour = b.hour)

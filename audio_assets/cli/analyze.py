@@ -93,6 +93,7 @@ def run_batches(
 
     # Runs have a thread of their own: Dagster takes an interrupt of its thread for a failure.
     with (
+        _keeping_output(console),
         _Progress(console, files=len(file_keys)) as progress,
         ThreadPoolExecutor(1) as thread,
         _interruption() as interrupted,
@@ -116,9 +117,11 @@ def run_batches(
                 console.print(f"not published: {error}", style="yellow")
             if interrupted.is_set():
                 raise KeyboardInterrupt
-    record_ended_runs(instance, get_settings().warehouse, landing)
-    if ranges:  # publish, and have Dagster show the figures and the checks of what is published
-        _execute(instance, robustness_stats.name, str(uuid.uuid4()), {REQUESTED_BY_TAG: ANALYZE})
+    with _keeping_output(console), console.status("publishing the results"):
+        record_ended_runs(instance, get_settings().warehouse, landing)
+        if ranges:  # publish, and have Dagster show the figures and the checks of what is published
+            tags = {REQUESTED_BY_TAG: ANALYZE}
+            _execute(instance, robustness_stats.name, str(uuid.uuid4()), tags)
 
 
 def _execute(
@@ -155,6 +158,19 @@ def _interruption() -> Iterator[Event]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _keeping_output(console: Console) -> Iterator[None]:
+    """Let a console print while a step runs: Dagster then has standard output lead to a file."""
+    output = sys.stdout
+    duplicate = os.dup(output.fileno())
+    try:
+        with os.fdopen(duplicate, "w", encoding=output.encoding, errors=output.errors) as file:
+            console.file = file
+            yield
+    finally:
+        console.file = output
+
+
 class _Progress:
     """The progress over all batches: a bar in a terminal, else a line from time to time."""
 
@@ -178,10 +194,6 @@ class _Progress:
         self._printed = self._started = time.monotonic()
 
     def __enter__(self) -> "_Progress":
-        # Of its own: while a step runs, Dagster has standard output lead to a file.
-        self._console.file = os.fdopen(
-            os.dup(sys.stdout.fileno()), "w", encoding=sys.stdout.encoding, errors=sys.stdout.errors
-        )
         self._bar.start()
         return self
 
@@ -189,8 +201,6 @@ class _Progress:
         self._bar.stop()
         if self._bar.disable:
             self._print()
-        self._console.file.close()
-        self._console.file = sys.stdout
 
     def follow(self, instance: dg.DagsterInstance, run_id: str) -> None:
         """Count the cells that a run has ended since, and show the progress."""

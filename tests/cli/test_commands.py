@@ -154,9 +154,9 @@ def test_an_export_is_what_a_query_returns_or_a_sentence(published: Home, tmp_pa
 def test_progress_is_shown_while_standard_output_leads_elsewhere() -> None:
     script = (
         "import os\n"
-        "from audio_assets.cli.analyze import _Progress\n"
+        "from audio_assets.cli.analyze import _keeping_output, _Progress\n"
         "from audio_assets.cli.printing import console\n"
-        "with _Progress(console, files=3):\n"
+        "with _keeping_output(console), _Progress(console, files=3):\n"
         "    before = os.dup(1)\n"
         "    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)\n"  # as Dagster does, for a step's log
         "os.dup2(before, 1)\n"

@@ -151,7 +151,7 @@ FEATURE_SET = FeatureSet(
         ),
         Column("tuning_hz", "DOUBLE", "Frequency of the tuning tone A", "Hz", 427, 457),
     ),
-    licence="AGPL-3.0 (Essentia), ISC (librosa)",
+    licence="AGPL-3.0 (Essentia), BSD-3-Clause (SciPy), ISC (librosa)",
     citation=(
         "E. Gómez, Tonal description of polyphonic audio for music content processing, "
         "INFORMS Journal on Computing 18(3), 2006; E. Gómez, Key estimation from polyphonic "

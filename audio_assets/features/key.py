@@ -233,7 +233,7 @@ FEATURE_SET = FeatureSet(
         Column("second_scale", "VARCHAR", "Scale under the second profile"),
         Column("second_strength", "DOUBLE", "Correlation under the second profile", low=0, high=1),
     ),
-    licence="AGPL-3.0 (Essentia), ISC (librosa)",
+    licence="AGPL-3.0 (Essentia), BSD-3-Clause (SciPy), ISC (librosa)",
     citation=(
         "E. Gómez, Tonal description of polyphonic audio for music content processing, "
         "INFORMS Journal on Computing 18(3), 2006; Á. Faraldo, E. Gómez, S. Jordà and P. "

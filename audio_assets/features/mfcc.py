@@ -99,7 +99,7 @@ FEATURE_SET = FeatureSet(
         ),
         Column("std", "FLOAT[13]", "Standard deviation of each coefficient", "dB", low=0),
     ),
-    licence="AGPL-3.0 (Essentia), ISC (librosa)",
+    licence="AGPL-3.0 (Essentia), BSD-3-Clause (SciPy), ISC (librosa)",
     citation=(
         "S. Davis and P. Mermelstein, Comparison of parametric representations for "
         "monosyllabic word recognition in continuously spoken sentences, IEEE TASSP 28(4), "

@@ -124,7 +124,7 @@ def find_peaks(
     part[:, 0] = -1
     levels = part.ravel()
     steps = np.diff(levels)
-    slopes = np.flatnonzero(steps)
+    slopes = np.flatnonzero(steps != 0)
     rises = steps[slopes] > 0
     tops = np.flatnonzero(rises[:-1] & ~rises[1:])
     left, right = slopes[tops] + 1, slopes[tops + 1]
@@ -142,7 +142,9 @@ def find_peaks(
     kept = np.flatnonzero(frequencies <= highest_hz)
     counts = np.bincount(frames[kept], minlength=len(part))
     if counts.max() > most:
-        kept = kept[np.lexsort((-heights[kept], frames[kept]))]
+        # By frame, then from the highest, of equal ones from the lowest frequency.
+        order = frames[kept] - heights[kept] / heights[kept].max()
+        kept = kept[np.argsort(order, kind="stable")]
         rank = np.arange(len(kept)) - np.repeat(np.cumsum(counts) - counts, counts)
         kept = kept[rank < most]
     return Peaks(frames[kept], frequencies[kept], heights[kept])
@@ -170,4 +172,4 @@ def pitch_classes(pitches: Values) -> tuple[Indices, Values]:
         In semitones, -0.5 to 0.5.
     """
     nearest = np.rint(pitches)
-    return (nearest % 12).astype(np.intp), pitches - nearest
+    return nearest.astype(np.intp) % 12, pitches - nearest

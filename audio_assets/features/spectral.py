@@ -1,6 +1,7 @@
 """Shape of the spectrum."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.pictures import bars
-from audio_assets.features.spectra import Values, frame_blocks, magnitude_spectra
+from audio_assets.features.spectra import Indices, Values, frame_blocks, magnitude_spectra
 from audio_assets.features.statistics import (
     is_silent,
     mean_and_std,
@@ -23,6 +24,8 @@ _SCALARS = ("centroid", "rolloff", "spread", "flux", "flatness", "zero_crossing_
 _NYQUIST = SAMPLE_RATE / 2
 _BIN_HZ = SAMPLE_RATE / FRAME_SIZE
 _ROLLOFF_SHARE = 0.85
+_ROLLOFF_GROUP = 25
+_ROLLOFF_GROUPS = np.arange(0, FRAME_SIZE // 2 + 1, _ROLLOFF_GROUP)
 _FLATNESS_FLOOR_DB = -60.0
 
 # Zwicker's critical bands, in Hz.
@@ -53,8 +56,6 @@ def _descriptions(audio: Audio) -> Iterator[Values]:
         weight, first, second = (magnitudes @ powers_of_bins).T
         weight[weight == 0] = 1
         centroid = first / weight
-        energy = np.cumsum(power, axis=1)
-        rolloff = (energy < _ROLLOFF_SHARE * energy[:, -1:]).sum(axis=1)
         spread = np.sqrt(np.maximum(second / weight - centroid**2, 0))
         flux = np.linalg.norm(np.diff(magnitudes, axis=0, prepend=before), axis=1)
         before = magnitudes[-1:]
@@ -63,7 +64,7 @@ def _descriptions(audio: Audio) -> Iterator[Values]:
         yield np.column_stack(
             [
                 centroid * _BIN_HZ,
-                rolloff * _BIN_HZ,
+                _rolloff(power) * _BIN_HZ,
                 spread * _BIN_HZ,
                 flux,
                 _flatness(bark_bands),
@@ -113,18 +114,47 @@ def _extract_alternative(audio: Audio) -> Row:
     return _row([frames.T])
 
 
-def _contrast(magnitudes: Samples) -> Values:
+def _rolloff(power: Samples) -> Indices:
+    """Return the first bin at which the share of each frame's energy is reached.
+
+    It is searched for among groups of bins, then in the group.
+    """
+    groups = power.reshape(len(power), -1, _ROLLOFF_GROUP)
+    energy = np.cumsum(np.add.reduceat(power, _ROLLOFF_GROUPS, axis=1), axis=1)
+    wanted = _ROLLOFF_SHARE * energy[:, -1:]
+    number = np.count_nonzero(energy < wanted, axis=1)
+    each = np.arange(len(power))
+    inside = groups[each, number]
+    inside[:, 0] += np.where(number > 0, energy[each, number - 1], 0)
+    rolloff: Indices = _ROLLOFF_GROUP * number
+    rolloff += np.count_nonzero(np.cumsum(inside, axis=1) < wanted, axis=1)
+    return rolloff
+
+
+def _contrast(magnitudes: Samples) -> Samples:
     """Return the shape-based spectral contrast (Akkermans et al., 2009), shape (frames, 6)."""
-    contrast = []
+    weights = _contrast_weights()
+    first = _CONTRAST_EDGES[0]
+    ordered = magnitudes[:, first : first + len(weights)].copy()
     for low, high in pairwise(_CONTRAST_EDGES):
-        band = np.sort(magnitudes[:, low:high], axis=1)
-        neighbours = max(1, round(_CONTRAST_NEIGHBOURS * band.shape[1]))
-        valley, peak, mean = (
-            part.mean(axis=1, dtype=np.float64) + _SMALLEST
-            for part in (band[:, :neighbours], band[:, -neighbours:], band)
-        )
-        contrast.append(-((peak / valley) ** (1 / np.log(mean))))
-    return np.column_stack(contrast)
+        ordered[:, low - first : high - first].sort(axis=1)
+    means = (ordered @ weights).reshape(-1, 3, len(_CONTRAST_EDGES) - 1) + _SMALLEST
+    valley, peak, band = means.transpose(1, 0, 2)
+    contrast: Samples = -((peak / valley) ** (1 / np.log(band)))
+    return contrast
+
+
+@cache
+def _contrast_weights() -> Samples:
+    """Return weights for means of the least, the greatest and all bins of each sorted band."""
+    first, *_, last = _CONTRAST_EDGES
+    weights = np.zeros((last - first, 3, len(_CONTRAST_EDGES) - 1), np.float32)
+    for band, (low, high) in enumerate(pairwise(_CONTRAST_EDGES)):
+        bins = weights[low - first : high - first, :, band]
+        neighbours = max(1, round(_CONTRAST_NEIGHBOURS * len(bins)))
+        bins[:neighbours, 0] = bins[-neighbours:, 1] = 1 / neighbours
+        bins[:, 2] = 1 / len(bins)
+    return weights.reshape(last - first, -1)
 
 
 _RANGES = {
@@ -200,7 +230,7 @@ FEATURE_SET = FeatureSet(
         "1024 samples at 44.1 kHz: mean and standard deviation over the track. NULL for silence."
     ),
     columns=_columns(),
-    licence="AGPL-3.0 (Essentia), ISC (librosa)",
+    licence="AGPL-3.0 (Essentia), BSD-3-Clause (SciPy), ISC (librosa)",
     citation=(
         "G. Peeters, A large set of audio features for sound description (similarity and "
         "classification) in the CUIDADO project, 2004; G. Tzanetakis and P. Cook, "

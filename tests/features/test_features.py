@@ -68,6 +68,16 @@ def assert_rhythm_is_essentias(audio: Audio) -> None:
         assert row["bpm"] is row["beat_confidence"] is None
 
 
+def assert_key_is_essentias(audio: Audio) -> None:
+    row = FEATURE_SETS["key"].extract(audio)
+    for profile, prefix in (("bgate", ""), ("temperley", "second_")):
+        key, scale, strength = es.KeyExtractor(profileType=profile)(audio.mono())
+        if strength == 0:
+            key = scale = strength = None
+        assert (row[f"{prefix}key"], row[f"{prefix}scale"]) == (key, scale)
+        assert row[f"{prefix}strength"] == pytest.approx(strength, rel=1e-5)
+
+
 def assert_loudness_is_ffmpegs(audio: Audio) -> None:
     """Compare with FFmpeg's ebur128, which writes two decimals."""
     graph = av.filter.Graph()
@@ -136,18 +146,15 @@ class TestReference:
         assert row["dfa_exponents"] == dfa.tolist()
 
     def test_key(self, audio: Audio) -> None:
-        row = FEATURE_SETS["key"].extract(audio)
-        second = es.KeyExtractor(profileType="temperley")(audio.mono())
-
-        assert (row["key"], row["scale"], row["strength"]) == es.KeyExtractor()(audio.mono())
-        assert (row["second_key"], row["second_scale"], row["second_strength"]) == second
+        assert_key_is_essentias(audio)
 
     def test_mfcc(self, audio: Audio) -> None:
         row = FEATURE_SETS["mfcc"].extract(audio)
-        frames = np.array([es.MFCC()(s)[1] for s in spectra(audio.mono(), 2048, 1024)])
+        found = [es.MFCC()(s)[1] for s in spectra(audio.mono(), 2048, 1024)]
+        frames = np.array(found, np.float64)
 
-        np.testing.assert_allclose(row["mean"], frames.mean(axis=0, dtype=np.float64), rtol=1e-6)
-        np.testing.assert_allclose(row["std"], frames.std(axis=0, dtype=np.float64), rtol=1e-6)
+        for name, expected in (("mean", frames.mean(axis=0)), ("std", frames.std(axis=0))):
+            np.testing.assert_allclose(row[name], expected, rtol=1e-6, atol=1e-3)
 
     def test_chroma(self, audio: Audio) -> None:
         row = FEATURE_SETS["chroma"].extract(audio)
@@ -156,11 +163,13 @@ class TestReference:
         )
         found = [peaks(s) for s in spectra(audio.mono(), 4096, 2048, "blackmanharris62")]
         hpcp, tuning = es.HPCP(), es.TuningFrequency()
-        frames = np.array([hpcp(*peaks_of_frame) for peaks_of_frame in found])
+        frames = np.array([hpcp(*peaks_of_frame) for peaks_of_frame in found], np.float64)
 
-        np.testing.assert_allclose(row["mean"], frames.mean(axis=0, dtype=np.float64), rtol=1e-6)
-        np.testing.assert_allclose(row["std"], frames.std(axis=0, dtype=np.float64), rtol=1e-6)
-        assert row["tuning_hz"] == [tuning(*peaks_of_frame)[0] for peaks_of_frame in found][-1]
+        np.testing.assert_allclose(row["mean"], frames.mean(axis=0), atol=1e-5)
+        np.testing.assert_allclose(row["std"], frames.std(axis=0), atol=1e-5)
+        assert row["tuning_hz"] == pytest.approx(
+            [tuning(*peaks_of_frame)[0] for peaks_of_frame in found][-1]
+        )
 
     def test_spectral(self, audio: Audio) -> None:
         row = FEATURE_SETS["spectral"].extract(audio)
@@ -181,8 +190,10 @@ class TestReference:
         }
         for name, values in expected.items():
             frames = np.array(values, np.float64)
-            np.testing.assert_allclose(row[f"{name}_mean"], frames.mean(axis=0), rtol=1e-5)
-            np.testing.assert_allclose(row[f"{name}_std"], frames.std(axis=0), rtol=1e-5)
+            # Bands that were filtered out hold the rounding errors of the Fourier transform.
+            rtol = 1e-3 if name == "flatness" else 1e-5
+            np.testing.assert_allclose(row[f"{name}_mean"], frames.mean(axis=0), rtol=rtol)
+            np.testing.assert_allclose(row[f"{name}_std"], frames.std(axis=0), rtol=rtol)
 
 
 class TestAlternative:
@@ -365,6 +376,13 @@ def rhythmic_inputs() -> dict[str, Samples]:
 @pytest.mark.parametrize("kind", rhythmic_inputs())
 def test_rhythm_is_that_of_essentia(make_audio: MakeAudio, kind: str) -> None:
     assert_rhythm_is_essentias(make_audio(rhythmic_inputs()[kind]))
+
+
+@pytest.mark.parametrize("size", [1, 2049, 4096, 6144, 6145, 3 * SAMPLE_RATE])
+def test_key_is_that_of_essentia(make_audio: MakeAudio, size: int) -> None:
+    noise = np.random.default_rng(7).normal(0, 0.1, size)
+    assert_key_is_essentias(make_audio(noise))
+    assert_key_is_essentias(make_audio(np.concatenate([np.zeros(20000), noise])))
 
 
 def test_chroma_starts_with_a(make_audio: MakeAudio) -> None:

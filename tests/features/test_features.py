@@ -73,7 +73,8 @@ def assert_key_is_essentias(audio: Audio) -> None:
     for profile, prefix in (("bgate", ""), ("temperley", "second_")):
         key, scale, strength = es.KeyExtractor(profileType=profile)(audio.mono())
         if strength == 0:
-            key = scale = strength = None
+            assert row[f"{prefix}key"] is row[f"{prefix}strength"] is None
+            continue
         assert (row[f"{prefix}key"], row[f"{prefix}scale"]) == (key, scale)
         assert row[f"{prefix}strength"] == pytest.approx(strength, rel=1e-5)
 
@@ -192,8 +193,8 @@ class TestReference:
             frames = np.array(values, np.float64)
             # Bands that were filtered out hold the rounding errors of the Fourier transform.
             rtol = 1e-3 if name == "flatness" else 1e-5
-            np.testing.assert_allclose(row[f"{name}_mean"], frames.mean(axis=0), rtol=rtol)
-            np.testing.assert_allclose(row[f"{name}_std"], frames.std(axis=0), rtol=rtol)
+            for which, value in (("mean", frames.mean(axis=0)), ("std", frames.std(axis=0))):
+                np.testing.assert_allclose(row[f"{name}_{which}"], value, rtol=rtol, atol=2e-6)
 
 
 class TestAlternative:

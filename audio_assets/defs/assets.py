@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 
 import dagster as dg
 
-from audio_assets.defs.cell_events import failure, materialization, observation, step_error
+from audio_assets.defs.cell_events import StepFailedError, failure, materialization, observation
 from audio_assets.defs.library_files import LIBRARY_FILES
 from audio_assets.defs.long_waits import end_long_wait, waited_before_s
 from audio_assets.defs.partitions import (
@@ -113,14 +113,14 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
         except (DeferredError, dg.Failure):
             raise
         except (LandingError, WorkerStartError) as error:  # a fault of the installation
-            fault = step_error(str(error), "`audio-assets doctor` says what to do")
-            raise fault from fault.__cause__
+            raise StepFailedError(f"{error}. `audio-assets doctor` says what to do") from error
         except Exception as error:
             failing_s = engine.failing_for(feature_set.name)
             if failing_s < get_robustness_settings().retry_total_seconds:
                 raise
-            fault = step_error(f"Given up after {failing_s:.0f} s of retries", str(error))
-            raise fault from fault.__cause__
+            raise StepFailedError(
+                f"Given up after {failing_s:.0f} s of retries: {error}"
+            ) from error
         if failed := engine.failed(feature_set.name):
             raise failure(failed, len(file_keys))
         yield from ()

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from urllib.parse import urlencode
 
 import dagster as dg
+from dagster._core.errors import DagsterUserCodeProcessError  # see StepFailedError
+from dagster_shared.error import SerializableErrorInfo
 
 from audio_assets.defs.partitions import PARTITION_TAG
 from audio_assets.extraction.cells import CellOutcome
@@ -191,28 +193,26 @@ def error_of(outcome: CellOutcome) -> ErrorInfo:
     return outcome.error
 
 
-def step_error(message: str, details: str) -> dg.DagsterUserCodeExecutionError:
-    """Return an error that ends a step, is not retried, and is shown without a stack trace.
+class StepFailedError(DagsterUserCodeProcessError, dg.Failure):
+    """A failure whose reason is known: Dagster shows its description, and no stack trace.
 
-    Dagster shows where in the code a `Failure` was raised, which is no help here. Of an error of
-    user code it shows the cause alone, and a cause that was not raised has no stack.
+    Dagster takes the error of a `DagsterUserCodeProcessError` as it is; other failures get the
+    stack of the ops around them.
 
     Parameters
     ----------
-    message : str
-        What failed.
-    details : str
-        Why, and what to do.
+    description : str
+        What failed, why, and what to do.
     """
-    cause = dg.Failure(details, allow_retries=False)
-    error = dg.DagsterUserCodeExecutionError(  # type: ignore[no-untyped-call]
-        message, user_exception=cause, original_exc_info=(type(cause), cause, None)
-    )
-    error.__cause__ = cause
-    return error
+
+    def __init__(self, description: str) -> None:
+        error = SerializableErrorInfo(f"{description}\n", [], None)
+        super().__init__(  # type: ignore[no-untyped-call]
+            description, None, False, user_code_process_error_infos=[error]
+        )
 
 
-def failure(failed: Sequence[CellOutcome], total: int) -> dg.DagsterUserCodeExecutionError:
+def failure(failed: Sequence[CellOutcome], total: int) -> StepFailedError:
     """Return the error that ends a step, with some of the files that failed and why.
 
     Parameters
@@ -226,10 +226,8 @@ def failure(failed: Sequence[CellOutcome], total: int) -> dg.DagsterUserCodeExec
         f"{cell.file_key}: {printable(error_of(cell).message)}" for cell in failed[:FAILURES_NAMED]
     ]
     more = [f"and {len(failed) - FAILURES_NAMED} more"] if len(failed) > FAILURES_NAMED else []
-    return step_error(
-        f"{len(failed)} of {total} files failed; the check analysed says why and what to do",
-        "\n".join([*named, *more]),
-    )
+    said = f"{len(failed)} of {total} files failed; the check analysed says why and what to do"
+    return StepFailedError("\n".join([said, *named, *more]))
 
 
 def _table(records: Sequence[Row]) -> dg.TableMetadataValue:

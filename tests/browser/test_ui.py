@@ -133,11 +133,11 @@ def test_list_of_runs_tells_failed_files_from_failed_runs(
 ) -> None:
     page.goto("/runs")
     page.get_by_text("Show runs within backfills").click()
-    expect(page.get_by_text("audio_assets/result: bad_files").first).to_be_visible()
-    page.get_by_role("link", name="View", exact=True).first.click()
-    expect(
-        page.get_by_text(re.compile("files failed; the check analysed says why")).first
-    ).to_be_visible()
+    tag = page.get_by_text("audio_assets/result: bad_files").first
+    expect(tag).to_be_visible()
+    run = tag.locator("xpath=ancestor::*[.//a[normalize-space()='View']][1]")
+    run.get_by_role("link", name="View", exact=True).click()
+    expect(page.get_by_text(re.compile("text.mp3: holds no audio")).first).to_be_visible()
     expect(page.get_by_text("Stack Trace")).to_have_count(0)
 
 

@@ -82,8 +82,7 @@ def test_a_landing_that_cannot_be_used_ends_the_run_at_once(
     for failure in failed:
         assert failure.error is not None
         assert "user:***@host/landing cannot be used" in failure.error.message
-        assert failure.error.cause is not None
-        assert failure.error.cause.stack == []
+        assert failure.error.stack == []
     assert not [e for e in events if _is(e, "STEP_UP_FOR_RETRY")]
     assert run.tags[RESULT_TAG] == RunResult.INCOMPLETE.value
     assert run.job_snapshot_id

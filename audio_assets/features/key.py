@@ -106,8 +106,8 @@ def _pitch_class_profile(audio: Audio) -> Samples:
 def _whitened(peaks: Peaks, magnitudes: Samples) -> Values:
     """Return the energies of peaks over the spectral envelope, at most 1, lower for high pitches.
 
-    The envelope (Serrà et al., 2008) has a point every 100 Hz. Peaks 30 dB below it count for
-    nothing.
+    The envelope, which Essentia takes after Röbel and Rodet (DAFx 2005), has a point every 100 Hz.
+    Peaks 30 dB below it count for nothing.
     """
     bands = _envelope_bands()
     power = np.square(magnitudes[:, : len(bands)], dtype=np.float64)

@@ -16,7 +16,7 @@ from robustness.error_classifier import ErrorInfo
 SAMPLE_RATE = 44100
 """Sample rate (Hz) of all decoded audio."""
 
-_BLOCK_SIZE = 60 * SAMPLE_RATE
+_RESAMPLED_AT_ONCE_S = 60
 
 Samples = NDArray[np.float32]
 
@@ -198,10 +198,15 @@ class Audio:
         """Yield the mono signal at another rate (Hz), in blocks that follow each other."""
         # soxr's default: at VHQ, MusiCNN's reference activations are missed by over 1e-4.
         resampler = soxr.ResampleStream(SAMPLE_RATE, sample_rate, 1, quality="HQ")
-        for start in range(0, len(self.pcm), _BLOCK_SIZE):
-            stop = start + _BLOCK_SIZE
-            block = self.block(start / SAMPLE_RATE, stop / SAMPLE_RATE).mono()
-            yield resampler.resample_chunk(block, last=stop >= len(self.pcm))
+        done = 0
+        for block in self.blocks(_RESAMPLED_AT_ONCE_S):
+            done += len(block.pcm)
+            yield resampler.resample_chunk(block.mono(), last=done == len(self.pcm))
+
+    def blocks(self, seconds: float) -> Iterator["Audio"]:
+        """Yield parts of this length (s) that follow each other; the last may be shorter."""
+        for start in np.arange(0, self.duration_s, seconds):
+            yield self.block(start, start + seconds)
 
     def block(self, start_s: float, stop_s: float) -> "Audio":
         """Return the part between two times (s), without copying samples."""

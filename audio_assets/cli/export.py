@@ -39,6 +39,7 @@ def export(
     raw: Raw = False,
 ) -> None:
     """Write all tracks, or what SQL asks for, to files for other programs."""
+    from audio_assets.library.files import replacing
     from audio_assets.library.roots import library_roots
     from audio_assets.library.scan import Library
     from audio_assets.settings import get_settings
@@ -55,7 +56,7 @@ def export(
             case Format.CSV:
                 result = query(warehouse, question)
                 with (
-                    exports.replacing(output) as partial,
+                    replacing(output) as partial,
                     partial.open("w", encoding="utf-8", newline="") as text,
                 ):
                     write_csv(text, result.columns, result.rows, raw=raw)

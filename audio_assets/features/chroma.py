@@ -13,6 +13,7 @@ from audio_assets.features.spectra import (
     Values,
     find_peaks,
     frame_blocks,
+    hann,
     magnitude_spectra,
     pitch_classes,
     semitones,
@@ -79,10 +80,9 @@ def _extract_alternative(audio: Audio) -> Row:
     samples = audio.mono()
     if is_silent(samples):
         return FEATURE_SET.empty_row
-    window = np.hanning(FRAME_SIZE)
-    # Essentia scales its windows to a sum of 2.
-    window *= 2 / window.sum()
-    spectrum = np.abs(librosa.stft(samples, n_fft=FRAME_SIZE, hop_length=HOP_SIZE, window=window))
+    spectrum = np.abs(
+        librosa.stft(samples, n_fft=FRAME_SIZE, hop_length=HOP_SIZE, window=hann(FRAME_SIZE))
+    )
     pitches, magnitudes = librosa.piptrack(
         S=spectrum, sr=SAMPLE_RATE, fmin=LOWEST_HZ, fmax=HIGHEST_HZ, threshold=0
     )

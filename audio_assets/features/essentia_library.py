@@ -1,9 +1,14 @@
 """Essentia's algorithms, imported when first needed."""
 
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
+
+import numpy as np
+
+from audio_assets.audio.pcm import Samples
 
 
 @cache
@@ -32,3 +37,20 @@ def essentia() -> ModuleType:
 
     vars(standard)["__getattr__"] = make_class
     return standard
+
+
+def filters_of(bands: Callable[[Samples], Samples], bins: int) -> Samples:
+    """Return what each bin gives to each band of one of Essentia's filter banks.
+
+    Parameters
+    ----------
+    bands : callable
+        An instance of ``MelBands``, ``ERBBands`` or the like.
+    bins : int
+        Bins of the spectrum that it takes.
+
+    Returns
+    -------
+    ndarray of float32, shape (bins, bands)
+    """
+    return np.array([bands(bin_) for bin_ in np.eye(bins, dtype=np.float32)])

@@ -6,7 +6,7 @@ poles of the high-pass from 0.9946 to 0.9930 and 0.9962: it attenuates 40 Hz by 
 a constant by 21 dB only. Music reads 0.1 LU too low, with much bass 0.5.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -89,11 +89,6 @@ def _extract_alternative(audio: Audio) -> Row:
     )
 
 
-def _blocks(audio: Audio) -> Iterator[Audio]:
-    for start in np.arange(0, audio.duration_s, _BLOCK_SECONDS):
-        yield audio.block(start, start + _BLOCK_SECONDS)
-
-
 def _step_powers(audio: Audio) -> Powers:
     """Return the K-weighted power of each whole 0.1 s, the channels added up."""
     from scipy import signal
@@ -101,7 +96,7 @@ def _step_powers(audio: Audio) -> Powers:
     numerator, denominator = _k_weighting()
     state = np.zeros((audio.channels, len(numerator) - 1))
     powers = []
-    for block in _blocks(audio):
+    for block in audio.blocks(_BLOCK_SECONDS):
         channels = np.ascontiguousarray(block.pcm.T, np.float64)
         weighted, state = signal.lfilter(numerator, denominator, channels, zi=state)
         count = weighted.shape[1] // _STEP_SIZE
@@ -222,7 +217,7 @@ def _dynamic_complexity(audio: Audio) -> float:
     weights = (1 - decay) * decay ** np.arange(_COMPLEXITY_FRAME_SIZE)[::-1]
     state = np.zeros(1)
     powers = []
-    for block in _blocks(audio):
+    for block in audio.blocks(_BLOCK_SECONDS):
         weighted, state = signal.lfilter([0.98595, -0.98595], [1, -0.9719], block.mono(), zi=state)
         count = len(weighted) // _COMPLEXITY_FRAME_SIZE
         frames = weighted[: count * _COMPLEXITY_FRAME_SIZE].reshape(count, _COMPLEXITY_FRAME_SIZE)

@@ -7,9 +7,9 @@ import numpy as np
 
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
-from audio_assets.features.essentia_library import essentia
+from audio_assets.features.essentia_library import essentia, filters_of
 from audio_assets.features.pictures import columns
-from audio_assets.features.spectra import frame_blocks, magnitude_spectra
+from audio_assets.features.spectra import frame_blocks, hann, magnitude_spectra
 from audio_assets.features.statistics import finite_list, mean_and_std, pool_moments
 
 FRAME_SIZE = 2048
@@ -33,22 +33,18 @@ def _mel_filters() -> Samples:
     """Return Essentia's Mel filters for powers, shape (bins up to the highest, bands)."""
     bands = essentia().MelBands(numberBands=BANDS, highFrequencyBound=HIGHEST_HZ, type="magnitude")
     highest = int(HIGHEST_HZ * FRAME_SIZE / SAMPLE_RATE)
-    bins = np.eye(FRAME_SIZE // 2 + 1, dtype=np.float32)[: highest + 1]
-    return np.array([bands(bin_) for bin_ in bins])
+    return filters_of(bands, FRAME_SIZE // 2 + 1)[: highest + 1]
 
 
 def _extract_alternative(audio: Audio) -> Row:
     import librosa
 
-    window = np.hanning(FRAME_SIZE)
-    # Essentia scales its windows to a sum of 2.
-    window *= 2 / window.sum()
     mel = librosa.feature.melspectrogram(
         y=audio.mono(),
         sr=SAMPLE_RATE,
         n_fft=FRAME_SIZE,
         hop_length=HOP_SIZE,
-        window=window,
+        window=hann(FRAME_SIZE),
         power=2.0,
         n_mels=BANDS,
         fmin=0.0,

@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from audio_assets.audio.pcm import Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
-from audio_assets.features.essentia_library import essentia
+from audio_assets.features.essentia_library import essentia, filters_of
 from audio_assets.features.pictures import bars
 from audio_assets.features.statistics import is_silent
 
@@ -174,8 +174,8 @@ def _window_and_filters() -> tuple[Samples, NDArray[np.float32]]:
         weighting="linear",
         normalize="unit_tri",
     )
-    filters = [mel_bands(bin_) for bin_ in np.eye(FRAME_SIZE // 2 + 1, dtype=np.float32)]
-    return np.hanning(FRAME_SIZE + 1)[:-1].astype(np.float32), np.array(filters)
+    window: Samples = np.hanning(FRAME_SIZE + 1)[:-1].astype(np.float32)
+    return window, filters_of(mel_bands, FRAME_SIZE // 2 + 1)
 
 
 def mel_power_librosa(samples: Samples) -> NDArray[np.float32]:

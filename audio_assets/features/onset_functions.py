@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
-from audio_assets.features.essentia_library import essentia
+from audio_assets.features.essentia_library import essentia, filters_of
+from audio_assets.features.spectra import hann
 
 Spectra = NDArray[np.complex64]
 
@@ -280,10 +281,8 @@ def _combs() -> NDArray[np.float64]:
 
 @cache
 def _window(size: int) -> Samples:
-    window = np.hanning(size)
-    # Essentia scales its windows to a sum of 2.
-    scaled: Samples = (2 * window / window.sum()).astype(np.float32)
-    return scaled
+    window: Samples = hann(size).astype(np.float32)
+    return window
 
 
 @cache
@@ -296,7 +295,7 @@ def _erb_filters() -> Samples:
         highFrequencyBound=SAMPLE_RATE / 2,
         type="magnitude",
     )
-    return np.array([bands(bin_) for bin_ in np.eye(_BEAT_FRAME_SIZE // 2 + 1, dtype=np.float32)])
+    return filters_of(bands, _BEAT_FRAME_SIZE // 2 + 1)
 
 
 @cache
@@ -309,7 +308,5 @@ def _mel_filters() -> Samples:
         highFrequencyBound=4000,
         type="magnitude",
     )
-    bins = np.eye(_BEAT_FRAME_SIZE // 2 + 1, dtype=np.float32)[
-        : 4000 * _BEAT_FRAME_SIZE // SAMPLE_RATE + 1
-    ]
-    return np.array([bands(bin_) for bin_ in bins])
+    highest = 4000 * _BEAT_FRAME_SIZE // SAMPLE_RATE
+    return filters_of(bands, _BEAT_FRAME_SIZE // 2 + 1)[: highest + 1]

@@ -92,6 +92,13 @@ def magnitude_spectra(frames: Samples, window: str = "hann") -> Samples:
     return magnitudes
 
 
+def hann(size: int) -> Values:
+    """Return the Hann window that Essentia has: symmetric, with a sum of 2."""
+    window = np.hanning(size)
+    window *= 2 / window.sum()
+    return window
+
+
 @cache
 def _window(kind: str, size: int) -> Samples:
     window: Samples = essentia().Windowing(type=kind, zeroPhase=False)(np.ones(size, np.float32))

@@ -9,7 +9,7 @@ import numpy as np
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.pictures import bars
-from audio_assets.features.spectra import Indices, Values, frame_blocks, magnitude_spectra
+from audio_assets.features.spectra import Indices, Values, frame_blocks, hann, magnitude_spectra
 from audio_assets.features.statistics import (
     is_silent,
     mean_and_std,
@@ -89,10 +89,9 @@ def _extract_alternative(audio: Audio) -> Row:
     samples = audio.mono()
     if is_silent(samples):
         return FEATURE_SET.empty_row
-    window = np.hanning(FRAME_SIZE)
-    # Essentia scales its windows to a sum of 2.
-    window *= 2 / window.sum()
-    magnitudes = np.abs(librosa.stft(samples, n_fft=FRAME_SIZE, hop_length=HOP_SIZE, window=window))
+    magnitudes = np.abs(
+        librosa.stft(samples, n_fft=FRAME_SIZE, hop_length=HOP_SIZE, window=hann(FRAME_SIZE))
+    )
     previous = np.pad(magnitudes, ((0, 0), (1, 0)))[:, :-1]
     bark_bands = np.add.reduceat(magnitudes**2, _BARK_BINS, axis=0)[:-1]
     flatness = librosa.feature.spectral_flatness(S=bark_bands, power=1.0, amin=_SMALLEST)

@@ -22,8 +22,7 @@ def is_silent(samples: Samples) -> bool:
 
 def mono_is_silent(audio: Audio) -> bool:
     """Return whether the mean of the channels is silent; reads no more than it needs to."""
-    starts = np.arange(0, audio.duration_s, _BLOCK_SECONDS)
-    return all(is_silent(audio.block(start, start + _BLOCK_SECONDS).mono()) for start in starts)
+    return all(is_silent(block.mono()) for block in audio.blocks(_BLOCK_SECONDS))
 
 
 def finite(value: float | np.floating) -> float | None:

@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from audio_assets.library.files import replacing
 from audio_assets.settings import get_settings
 
 
@@ -126,10 +127,9 @@ def forget_root(name: str) -> Path:
 
 
 def _save(roots: Mapping[str, Path]) -> None:
-    path = _path()
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps({name: str(r) for name, r in roots.items()}, indent=2), "utf-8")
-    partial.replace(path)
+    text = json.dumps({name: str(root) for name, root in roots.items()}, indent=2)
+    with replacing(_path()) as partial:
+        partial.write_text(text, "utf-8")
 
 
 def _configured() -> dict[str, Path]:

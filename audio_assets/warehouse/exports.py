@@ -1,18 +1,15 @@
 """Write results for programs that do not open the database: Parquet, playlists and JAMS."""
 
-import errno
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
 
 from audio_assets.features.base import Row
-from audio_assets.library.files import fsync_folder
+from audio_assets.library.files import replacing
 from audio_assets.library.text import printable
 from audio_assets.warehouse.queries import QueryError, query, sandbox
 
@@ -27,29 +24,6 @@ _AT_ONCE = 500
 
 _LONE = re.compile("[\ud800-\udfff]")
 """What stands for a byte that is not UTF-8."""
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield the path of a new file, which takes the place of `path` once it is complete.
-
-    Raises
-    ------
-    OSError
-        If it cannot be written, or `path` is there and not a file.
-    """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is not a file")
-    partial = path.with_name(f".{os.getpid()}.partial")
-    try:
-        yield partial
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        fsync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_parquet(warehouse: Path, sql: str, output: Path) -> int:

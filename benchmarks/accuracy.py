@@ -17,14 +17,14 @@ import numpy as np
 import soundfile
 
 from audio_assets.audio.decode import decode
-from audio_assets.audio.pcm import Audio
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio
 from audio_assets.cli.synthesis import PITCH_CLASSES, Piece, play
 from audio_assets.features import FEATURE_SETS
 from benchmarks.measure import machine, write_results
+from tests.features.signals import sine_of_levels
 
 PIECES, QUICK_PIECES = 120, 2
 SECONDS = 30.0
-RATE = 44100
 
 TEMPO_TOLERANCE = 0.04
 """Share by which a right tempo may be off (Gouyon et al., 2006)."""
@@ -96,8 +96,8 @@ def make_pieces(directory: Path, count: int) -> Iterator[tuple[Path, Truth]]:
     for number, tempo in enumerate(tempi):
         cents = rng.choice([0, 0, 0, -35, -20, 20, 35])
         # Played at another rate than the file states, a piece is faster and higher.
-        rate = round(RATE / 2 ** (cents / 1200))
-        faster = RATE / rate
+        rate = round(SAMPLE_RATE / 2 ** (cents / 1200))
+        faster = SAMPLE_RATE / rate
         piece = Piece(
             seed=number,
             bpm=float(tempo) / faster,
@@ -113,49 +113,51 @@ def make_pieces(directory: Path, count: int) -> Iterator[tuple[Path, Truth]]:
             level=rng.choice([0.1, 0.5, 0.9]),
         )
         path = directory / f"{number:03}.flac"
-        soundfile.write(path, play(piece, rate), RATE)
+        soundfile.write(path, play(piece, rate), SAMPLE_RATE)
         beats = np.arange(4 * piece.bars) * 60 / tempo
         yield path, Truth(float(tempo), beats.tolist(), f"{piece.key} {piece.scale}", 440 * faster)
 
 
-def _sine(*parts: tuple[float, float]) -> np.ndarray:
-    """Return 1 kHz in both channels, for some seconds at a level (dBFS) after another."""
-    levels = np.concatenate([np.full(round(s * RATE), 10 ** (db / 20)) for s, db in parts])
-    return np.stack([levels * np.sin(2 * np.pi * 1000 * np.arange(len(levels)) / RATE)] * 2, 1)
-
-
 def _peak(divisor: int, degrees: float, gain: float) -> np.ndarray:
     """Return a sine of a share of the sample rate, faded in and out."""
-    time = np.arange(2 * RATE)
+    time = np.arange(2 * SAMPLE_RATE)
     sine = gain * np.sin(2 * np.pi * time / divisor + np.radians(degrees))
     return np.stack([sine * np.minimum(1, np.minimum(time, time[::-1]) / 4410)] * 2, 1)
 
 
-LOUDNESS: Mapping[str, tuple[str, np.ndarray, float]] = {
-    "EBU Tech 3341, 1": ("integrated_lufs", _sine((20, -23)), -23),
-    "EBU Tech 3341, 2": ("integrated_lufs", _sine((20, -33)), -33),
-    "EBU Tech 3341, 3": ("integrated_lufs", _sine((10, -36), (60, -23), (10, -36)), -23),
-    "EBU Tech 3341, 4": (
+LOUDNESS: Mapping[str, tuple[str, Callable[[], np.ndarray], float]] = {
+    "EBU Tech 3341, 1": ("integrated_lufs", lambda: sine_of_levels((20, -23)), -23),
+    "EBU Tech 3341, 2": ("integrated_lufs", lambda: sine_of_levels((20, -33)), -33),
+    "EBU Tech 3341, 3": (
         "integrated_lufs",
-        _sine((10, -72), (10, -36), (60, -23), (10, -36), (10, -72)),
+        lambda: sine_of_levels((10, -36), (60, -23), (10, -36)),
         -23,
     ),
-    "EBU Tech 3341, 5": ("integrated_lufs", _sine((20, -26), (20.1, -20), (20, -26)), -23),
-    "EBU Tech 3341, 15": ("true_peak_dbtp", _peak(4, 0, 0.5), -6),
-    "EBU Tech 3341, 16": ("true_peak_dbtp", _peak(4, 45, 0.5), -6),
-    "EBU Tech 3341, 17": ("true_peak_dbtp", _peak(6, 60, 0.5), -6),
-    "EBU Tech 3341, 18": ("true_peak_dbtp", _peak(8, 67.5, 0.5), -6),
-    "EBU Tech 3341, 19": ("true_peak_dbtp", _peak(4, 45, 1.41), 3),
-    "EBU Tech 3342, 1": ("loudness_range_lu", _sine((20, -20), (20, -30)), 10),
-    "EBU Tech 3342, 2": ("loudness_range_lu", _sine((20, -20), (20, -15)), 5),
-    "EBU Tech 3342, 3": ("loudness_range_lu", _sine((20, -40), (20, -20)), 20),
+    "EBU Tech 3341, 4": (
+        "integrated_lufs",
+        lambda: sine_of_levels((10, -72), (10, -36), (60, -23), (10, -36), (10, -72)),
+        -23,
+    ),
+    "EBU Tech 3341, 5": (
+        "integrated_lufs",
+        lambda: sine_of_levels((20, -26), (20.1, -20), (20, -26)),
+        -23,
+    ),
+    "EBU Tech 3341, 15": ("true_peak_dbtp", lambda: _peak(4, 0, 0.5), -6),
+    "EBU Tech 3341, 16": ("true_peak_dbtp", lambda: _peak(4, 45, 0.5), -6),
+    "EBU Tech 3341, 17": ("true_peak_dbtp", lambda: _peak(6, 60, 0.5), -6),
+    "EBU Tech 3341, 18": ("true_peak_dbtp", lambda: _peak(8, 67.5, 0.5), -6),
+    "EBU Tech 3341, 19": ("true_peak_dbtp", lambda: _peak(4, 45, 1.41), 3),
+    "EBU Tech 3342, 1": ("loudness_range_lu", lambda: sine_of_levels((20, -20), (20, -30)), 10),
+    "EBU Tech 3342, 2": ("loudness_range_lu", lambda: sine_of_levels((20, -20), (20, -15)), 5),
+    "EBU Tech 3342, 3": ("loudness_range_lu", lambda: sine_of_levels((20, -40), (20, -20)), 20),
     "EBU Tech 3342, 4": (
         "loudness_range_lu",
-        _sine((20, -50), (20, -35), (20, -20), (20, -35), (20, -50)),
+        lambda: sine_of_levels((20, -50), (20, -35), (20, -20), (20, -35), (20, -50)),
         15,
     ),
 }
-"""The test signals by name: the column, the samples, the value that it must have."""
+"""The test signals by name: the column, how to make the samples, the value that it must have."""
 
 
 def annotated(directory: Path) -> Iterator[tuple[Path, Truth]]:
@@ -299,9 +301,9 @@ def _mean(values: Any) -> float | None:
 def loudness_errors(find: Callable[[Path, Path], Found], scratch: Path) -> dict[str, float | None]:
     """Return the error of each test signal (LU or dB); None where the program has no value."""
     errors: dict[str, float | None] = {}
-    for name, (column, samples, expected) in LOUDNESS.items():
+    for name, (column, make, expected) in LOUDNESS.items():
         path = scratch / "signal.wav"
-        soundfile.write(path, samples, RATE, subtype="FLOAT")
+        soundfile.write(path, make(), SAMPLE_RATE, subtype="FLOAT")
         found = find(path, scratch)
         value = {"integrated_lufs": found.lufs, **found.extra}.get(column)
         errors[name] = None if value is None else float(value - expected)

@@ -35,6 +35,7 @@ from audio_assets.features.base import (
 )
 from audio_assets.features.key import camelot
 from tests.features.conftest import MakeAudio
+from tests.features.signals import sine_of_levels
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:librosa")
 
@@ -295,13 +296,6 @@ def test_loudness_of_the_ebu_test_tone(make_audio: MakeAudio) -> None:
         assert mono["integrated_lufs"] == pytest.approx(-26.01, abs=0.1)
         assert stereo["loudness_range_lu"] == pytest.approx(0, abs=0.1)
         assert stereo["true_peak_dbtp"] == pytest.approx(-23, abs=0.01)
-
-
-def sine_of_levels(*parts: tuple[float, float]) -> Samples:
-    """A stereo sine of 1 kHz, for some seconds at a level (dBFS) after another."""
-    levels = np.concatenate([np.full(round(s * SAMPLE_RATE), 10 ** (db / 20)) for s, db in parts])
-    sine = np.sin(2 * np.pi * 1000 * np.arange(len(levels)) / SAMPLE_RATE)
-    return np.stack([levels * sine] * 2, axis=1)
 
 
 @pytest.mark.parametrize(

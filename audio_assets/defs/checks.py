@@ -176,7 +176,7 @@ def _check_success_rate(
 
 
 def _check_analysed(connection: DuckDBPyConnection, feature_set: FeatureSet) -> dg.AssetCheckResult:
-    """Tell of failed files why they failed, and where to retry them."""
+    """Report the failed files, why they failed, and where to retry them."""
     failed = connection.execute(
         """
         SELECT

@@ -64,7 +64,7 @@ class Registration:
 
     @property
     def counts(self) -> dict[str, int]:
-        """What there is now and what was found, in numbers for people to read."""
+        """Files there are, and those found to be new, changed, moved, gone or back."""
         return {
             "files": len(self.partition_keys) - self.to_remove,
             "added": self.added,

@@ -116,8 +116,8 @@ def test_failed_partition_says_what_to_do_and_leads_to_the_retry(
     key = backfilled.key("text.mp3")
     page.goto("/assets/features/chroma?view=checks")
     page.get_by_role("link", name=key, exact=True).click()
-    for told in ("the file is text", "unsupported_format", "low", "quarantine release"):
-        expect(page.get_by_text(told).first).to_be_visible()
+    for text in ("the file is text", "unsupported_format", "low", "quarantine release"):
+        expect(page.get_by_text(text).first).to_be_visible()
     for label in ("reason", "error_type", "severity", "what_to_do", "recoveries", "attempts"):
         expect(page.get_by_role("cell", name=label, exact=True).first).to_be_visible()
     link = page.get_by_role("link", name="/guess/retry_failed").first.get_attribute("href")

@@ -257,12 +257,17 @@ def _carry_over(source: Connection, target: Connection) -> None:
 _stores: "weakref.WeakSet[StateStore]" = weakref.WeakSet()
 
 
+def _release_all() -> None:
+    for store in list(_stores):
+        store._database.release_idle()
+
+
 def _abandon_all() -> None:
     for store in list(_stores):
         store._after_fork()
 
 
-os.register_at_fork(after_in_child=_abandon_all)
+os.register_at_fork(before=_release_all, after_in_child=_abandon_all)
 
 
 @atexit.register

@@ -199,6 +199,16 @@ class Database:
                 self._engine.dispose()
                 self._engine = None
 
+    def release_idle(self) -> None:
+        """Close idle connections before a fork.
+
+        A forked process would inherit SQLite's belief that this one's locks are its own, and set
+        none where it needs them.
+        """
+        engine = self._engine
+        if engine is not None and not self.in_memory:
+            engine.dispose()
+
     def abandon(self) -> None:
         """Forget connections that belong to the process this one was forked from."""
         if self._engine is not None:

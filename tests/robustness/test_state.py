@@ -184,6 +184,30 @@ def test_objects_work_on_in_forked_processes(url: str) -> None:
     assert tokens_in(store) == {"parent": 1.0, "children": 4.0}
 
 
+def test_forked_process_holds_its_lock_though_the_parent_closes_the_database(path: Path) -> None:
+    store = impatient_store(path)
+    deposit(store, "parent")
+    is_locked, release = processes.Event(), processes.Event()
+
+    def hold() -> None:
+        with store.begin():
+            is_locked.set()
+            release.wait(60)
+
+    child = processes.Process(target=hold, daemon=True)
+    child.start()
+    assert is_locked.wait(30)
+    deposit(store, "fallback")  # gives up, and closes what this process has open
+    assert store.degraded
+    code = "import sqlite3, sys; sqlite3.connect(sys.argv[1], timeout=0).execute('BEGIN IMMEDIATE')"
+    another = subprocess.run([sys.executable, "-c", code, path], capture_output=True, check=False)
+    assert b"database is locked" in another.stderr
+    release.set()
+    child.join(30)
+    wait_until(lambda: (tokens_in(store), not store.degraded)[1])
+    assert tokens_in(store) == {"parent": 1.0, "fallback": 1.0}
+
+
 def test_fork_while_another_thread_uses_the_store() -> None:
     store = StateStore()
     holding, release = threading.Event(), threading.Event()

@@ -61,6 +61,11 @@ class StateStore:
     commit raises `StateUnavailableError` from the block.
 
     Objects may be used from many threads, and in processes forked from this one.
+
+    Attributes
+    ----------
+    problem : str or None
+        Why the database was last out of use.
     """
 
     def __init__(
@@ -75,6 +80,7 @@ class StateStore:
         self._database = Database(url or "sqlite://", lock_timeout or settings.state_lock_timeout)
         self._fallback: Database | None = None
         self._next_try = 0.0
+        self.problem: str | None = None
         self._switching = threading.Lock()
         self._local = threading.local()
         _stores.add(self)
@@ -178,6 +184,7 @@ class StateStore:
             wait = 0.0 if is_corruption(error) else self._retry_interval
             self._next_try = time.monotonic() + wait
             self._fallback = Database("sqlite://", self._database.lock_timeout)
+            self.problem = str(getattr(error, "orig", None) or error)
             self._database.close()
         logger.error(
             "The robustness state %s cannot be used: %s. Work goes on with breakers, timeouts, "
@@ -185,7 +192,7 @@ class StateStore:
             "Check that the database is reachable, not locked and has space, or set "
             "ROBUSTNESS_STATE_URL.",
             self.url,
-            getattr(error, "orig", None) or error,
+            self.problem,
             self._retry_interval,
         )
 

@@ -24,7 +24,7 @@ from sqlalchemy import (
 if TYPE_CHECKING:
     from sqlalchemy.dialects import postgresql, sqlite
 
-SCHEMA_REVISION = "0004"
+SCHEMA_REVISION = "0005"
 """The newest migration; a store at this revision is used without loading alembic."""
 
 TEXT_LIMIT = 4000
@@ -178,6 +178,16 @@ quarantine = Table(
     Column("attempts", Integer, nullable=False),
     Column("code_version", CleanText),
     Column("conditions", CleanText),
+)
+
+activity = Table(
+    "activity",
+    metadata,
+    Column("name", CleanText, primary_key=True),
+    Column("host", CleanText, nullable=False),
+    Column("pid", Integer, nullable=False),
+    Column("at", Float, nullable=False),
+    Column("body", Text, nullable=False),
 )
 
 

@@ -410,7 +410,7 @@ class WorkerPool:
         except WorkerStartError as error:
             self._fail(task, error)
             return None
-        progress = Progress(task.timeout)
+        task.future.progress = progress = Progress(task.timeout, worker.pid)
         result: object = None
         failure: BaseException | None = None
         usable = True
@@ -423,7 +423,7 @@ class WorkerPool:
         except Exception as error:  # noqa: BLE001 - the task has to end, the lane has to go on
             failure = self._end_failed(worker, error, progress.stage)
             usable = False
-        task.future.measurement = progress.measurement(worker.pid)
+        task.future.measurement = progress.measurement()
         if failure is None:
             task.future.set_result(result)
         else:
@@ -479,7 +479,7 @@ class WorkerPool:
                 if worker.wait(min(_POLL_SECONDS, progress.seconds_left())):
                     message = worker.receive()
                     if message.kind is not Kind.STAGE:
-                        progress.see_memory(worker.pid)
+                        progress.see_memory()
                         return message
                     progress.enter(message.payload)
                 if progress.seconds_left() <= 0:
@@ -487,11 +487,11 @@ class WorkerPool:
                 if time.monotonic() < next_look:
                     continue
                 next_look = time.monotonic() + _POLL_SECONDS
-                progress.see_memory(worker.pid)
+                progress.see_memory()
                 limit = self._memory_limit_mib
                 if limit is not None and progress.memory_mib > limit:
                     raise WorkerMemoryError(progress.memory_mib, limit, progress.stage)
-                if progress.is_idle(worker.pid) is not lends_core:
+                if progress.is_idle() is not lends_core:
                     lends_core = not lends_core
                     self._note_idle(1 if lends_core else -1)
         finally:

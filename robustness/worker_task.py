@@ -134,10 +134,11 @@ class WorkerFuture(Future[T]):
     """The future of a task.
 
     `measurement` is there as soon as the future is done, also when the task failed. It stays None
-    for a task that was never handed to a worker.
+    for a task that was never handed to a worker. `progress` is there from then on.
     """
 
     measurement: Measurement | None = None
+    progress: "Progress | None" = None
 
 
 class WorkerTask:
@@ -189,8 +190,9 @@ class WorkerTask:
 class Progress:
     """Where a running task is: its stage, the time it has left, the memory it was seen with."""
 
-    def __init__(self, timeout: float | Mapping[str, float]) -> None:
+    def __init__(self, timeout: float | Mapping[str, float], worker_pid: int) -> None:
         self._timeout = timeout
+        self.worker_pid = worker_pid
         self.stage = next(iter(timeout)) if isinstance(timeout, Mapping) else None
         self._started = self._entered = time.monotonic()
         self._stage_seconds: dict[str, float] = {}
@@ -223,26 +225,31 @@ class Progress:
         since = self._entered if isinstance(self._timeout, Mapping) else self._started
         return since + self.seconds_allowed - time.monotonic()
 
-    def see_memory(self, pid: int) -> None:
+    def see_memory(self) -> None:
         """Measure the memory that the worker holds now."""
-        self.memory_mib = process_memory_mib(pid) or 0.0
+        self.memory_mib = process_memory_mib(self.worker_pid) or 0.0
         self._peak_mib = max(self._peak_mib, self.memory_mib)
 
-    def is_idle(self, pid: int) -> bool:
+    @property
+    def idle_seconds(self) -> float:
+        """Time for which the task has used next to no CPU time."""
+        return time.monotonic() - self._busy_at
+
+    def is_idle(self) -> bool:
         """Return whether the task has used next to no CPU time for a while."""
         now = time.monotonic()
         try:
-            times = psutil.Process(pid).cpu_times()
+            times = psutil.Process(self.worker_pid).cpu_times()
         except psutil.Error:
             return False
         used = times.user + times.system
         if used - self._cpu_seconds > _IDLE_SHARE * (now - self._cpu_seen_at):
             self._busy_at = now
         self._cpu_seconds, self._cpu_seen_at = used, now
-        return now - self._busy_at >= _IDLE_SECONDS
+        return self.idle_seconds >= _IDLE_SECONDS
 
-    def measurement(self, pid: int) -> Measurement:
+    def measurement(self) -> Measurement:
         """Return what the task took, now that it has ended."""
         self._leave_stage()
         seconds = self._entered - self._started
-        return Measurement(seconds, self._stage_seconds, self._peak_mib, pid)
+        return Measurement(seconds, self._stage_seconds, self._peak_mib, self.worker_pid)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
@@ -21,18 +21,14 @@ from audio_assets.defs.robustness_tables import (
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
 from audio_assets.library.text import plain_markdown
+from audio_assets.monitoring.results import MAX_LAG, MIN_SUCCESS_RATE
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
 from audio_assets.warehouse.database import reading
 from audio_assets.warehouse.ingest import recorded_parts
-from audio_assets.warehouse.landing import CorruptPartError, Landing, written_at
+from audio_assets.warehouse.landing import CorruptPartError, Landing
+from audio_assets.warehouse.part_names import written_at
 from audio_assets.warehouse.schema import RUNS, Table, feature_table, quoted
-
-MIN_SUCCESS_RATE = 0.95
-"""The check `success_rate` warns unless more than this share of the cells succeeded."""
-
-MAX_LAG = timedelta(minutes=5)
-"""The check `fresh` warns of parts that are older than this and not published."""
 
 FILES_NAMED = 5
 FINDINGS_SHOWN = 5

@@ -7,7 +7,8 @@ from dagster._core.execution.context.system import PlanOrchestrationContext  # o
 from dagster._core.execution.plan.plan import ExecutionPlan
 from dagster._core.execution.retries import RetryMode
 
-from audio_assets.defs.run_liveness import RunLock, remove_old_locks
+from audio_assets.defs.run_liveness import remove_old_locks
+from audio_assets.monitoring.run_locks import RunLock
 
 
 class _LivingExecutor(dg.Executor):

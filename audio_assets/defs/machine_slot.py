@@ -14,8 +14,8 @@ from pathlib import Path
 
 import dagster as dg
 
-from audio_assets.defs.kernel_locks import LockedFile, is_locked
 from audio_assets.defs.partitions import PARTITIONS, POOL, REQUESTED_BY_TAG, partition_range
+from audio_assets.monitoring.kernel_locks import LockedFile, is_locked
 from audio_assets.settings import get_settings
 
 POLL_S = 0.5

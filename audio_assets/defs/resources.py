@@ -18,6 +18,7 @@ from audio_assets.library.roots import library_roots
 from audio_assets.library.scan import Library
 from audio_assets.settings import get_settings, usable_cores
 from audio_assets.warehouse import open_landing
+from robustness.activity import end_activity
 from robustness.dagster import log_to
 from robustness.memory import worker_budget_mib
 from robustness.settings import get_settings as get_robustness_settings
@@ -69,6 +70,7 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
                 yield self
             finally:
                 pool.kill()  # a cancelled run leaves workers running
+                end_activity(run_id)
                 with _unless_unreachable(context.log, "The run's result"):
                     context.instance.add_run_tags(run_id, result_tags(self._engine))
 

@@ -22,6 +22,7 @@ from audio_assets.extraction.worker import (
     identify,
     read_duration,
 )
+from audio_assets.features.base import Row
 from audio_assets.library.scan import Library
 from audio_assets.settings import get_settings
 from robustness.adaptive_timeout import TimeoutDecision, get_timeout_manager
@@ -107,6 +108,29 @@ class Dispatcher:
         with self._lock:
             is_supplied = any(not f.running and next(f.ready(), None) for f in self._planned)
             return [] if self._unidentified and is_supplied else list(self._identified)
+
+    def running(self) -> list[Row]:
+        """Return what each worker is at: its process, file, stage, and for how long (s).
+
+        ``idle_s`` is for how long it has used next to no CPU time, as what hangs does.
+        """
+        now = time.monotonic()
+        with self._lock:
+            running = list(self._running)
+        return [
+            {
+                "pid": progress.worker_pid,
+                "file_key": attempt.stage.file.key,
+                "operation": attempt.stage.operation,
+                "stage": progress.stage,
+                "seconds": now - attempt.submitted,
+                "timeout_s": progress.seconds_allowed,
+                "idle_s": progress.idle_seconds,
+                "memory_mib": progress.memory_mib,
+            }
+            for attempt in running
+            if (progress := attempt.future.progress)
+        ]
 
     # Called by the workers' threads
 

@@ -14,7 +14,7 @@ import queue
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from enum import Enum
 from typing import cast
@@ -52,6 +52,7 @@ from audio_assets.warehouse.backlog import conditions_of, release_contents
 from audio_assets.warehouse.inventory import known_identities
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import feature_table
+from robustness.activity import report_activity
 from robustness.circuit_breaker import CircuitBreakerOpenError
 from robustness.error_classifier import ErrorInfo, RecoveryStrategy
 from robustness.log_context import log_context
@@ -63,6 +64,9 @@ from robustness.worker_pool import WorkerPool, WorkerStartError
 
 LONGEST_SLEEP_S = 0.5
 """Longest sleep of the driver between two checks of what is due (s)."""
+
+ACTIVITY_S = 5.0
+"""How often a run says what it is at, for those who watch it (s)."""
 
 MAX_START_FAILURES = 3
 """After how many failures to start its first worker a run ends."""
@@ -179,6 +183,8 @@ class Engine:
         self._due: dict[str, datetime] = {}
         """When the first degraded row is due again, by feature set."""
         self._cells_computed, self._audio_s = 0, 0.0
+        self._cell_at = time.time()
+        self._activity_due = float("-inf")
 
     def begin(
         self,
@@ -353,6 +359,25 @@ class Engine:
             pass
         self._resume_deferred()
         self._plan()
+        self._say_activity()
+
+    def _say_activity(self) -> None:
+        """Report what the run is at; `cell_at` is when a cell last ended, or the run began."""
+        now = time.monotonic()
+        if now < self._activity_due:
+            return
+        self._activity_due = now + ACTIVITY_S
+        wait, failing_since = self.wait, self._outbox.failing_since
+        body = {
+            **asdict(self.progress),
+            "cell_at": self._cell_at,
+            "waits_for": wait and wait.reason,
+            "outbox_rows": self._outbox.row_count,
+            "outbox_failing_s": failing_since and now - failing_since,
+            "outbox_error": self._outbox.error and self._outbox.error.reason,
+            "workers": self._dispatcher.running(),
+        }
+        report_activity(self._run_id, body)
 
     def _process_end(self, seconds: float) -> bool:
         """Process the next end of an attempt; return False if there is none within the time."""
@@ -383,6 +408,7 @@ class Engine:
             self._advance()  # reporting a cell takes a while
 
     def _reported(self, outcome: CellOutcome) -> None:
+        self._cell_at = time.time()
         self._unreported[outcome.feature_set].discard(outcome.file_key)
         if outcome.row and (due := outcome.row["retry_after"]):
             self._due[outcome.feature_set] = min(due, self._due.get(outcome.feature_set, due))

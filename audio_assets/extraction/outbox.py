@@ -61,6 +61,11 @@ class Outbox:
         return not (self._parts or self._outcomes or any(self._rows.values()))
 
     @property
+    def row_count(self) -> int:
+        """Number of rows that are not written yet."""
+        return sum(map(len, self._rows.values())) + sum(len(part.rows) for part in self._parts)
+
+    @property
     def due_at(self) -> float:
         """When to flush (s, monotonic clock)."""
         asked_for = (self.error and self.error.retry_after) or 0.0

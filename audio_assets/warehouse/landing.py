@@ -15,7 +15,6 @@ import json
 import logging
 import math
 import os
-import re
 import secrets
 import threading
 import time
@@ -23,7 +22,6 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
@@ -40,18 +38,13 @@ from fsspec.implementations.local import LocalFileSystem
 from audio_assets.features.base import Column
 from audio_assets.library.files import fsync_folder
 from audio_assets.library.text import masked
+from audio_assets.warehouse.part_names import MERGED, NAME, PART, written_at
 from audio_assets.warehouse.schema import ROW_ID, Table, arrow_schema, in_memory, quoted
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_PART = ".parquet"
-_MERGED = ".merged.parquet"
-# A UUID of version 7 from before the year 2527: greater ones would leave later parts no names.
-_NAME = re.compile(
-    r"0[0-9a-f]{7}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}(\.merged)?\.parquet"
-)
 _TEMPORARY = ".tmp"
 _SUPERSEDES = b"supersedes"
 _ABANDONED_AFTER_S = 3600.0
@@ -158,11 +151,6 @@ def _clock() -> int:
 _row_ids = _RowIds()
 
 
-def written_at(part: str) -> datetime:
-    """Return when a part was written, according to its name."""
-    return datetime.fromtimestamp((UUID(part.split(".")[0]).int >> 80) / 1000, UTC)
-
-
 class Landing:
     """Append-only tables of Parquet parts in a directory or an object store.
 
@@ -226,7 +214,7 @@ class Landing:
             raise ValueError(f"table {table} has no columns {unknown}")
         part = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
         ids = pa.array([_row_ids.next().bytes for _ in rows], pa.uuid())
-        name = f"{_row_ids.next()}{_PART}"
+        name = f"{_row_ids.next()}{PART}"
         return Part(table, name, part.append_column(ROW_ID, ids))
 
     def save(self, part: Part) -> None:
@@ -348,7 +336,7 @@ class Landing:
         CorruptPartError
             If the part is damaged.
         """
-        if not name.endswith(_MERGED):
+        if not name.endswith(MERGED):
             return frozenset()
         if (table, name) not in self._superseded:
             with self._opened(table, name) as file:
@@ -420,8 +408,8 @@ class Landing:
         with self._usable(), suppress(FileNotFoundError):
             paths = self._fs.ls(self._path(table), detail=False)
         names = (path.rsplit("/", 1)[-1] for path in paths)
-        parts = {name for name in names if name.endswith(_PART) and not name.startswith(".")}
-        if own := list(filter(_NAME.fullmatch, parts)):
+        parts = {name for name in names if name.endswith(PART) and not name.startswith(".")}
+        if own := list(filter(NAME.fullmatch, parts)):
             _row_ids.see(max(own))
         return parts
 
@@ -460,13 +448,13 @@ class Landing:
     def _opened(self, table: str, name: str) -> Iterator[pq.ParquetFile]:
         """Open and check a part; whatever its reader raises is a CorruptPartError."""
         try:
-            if not _NAME.fullmatch(name):
+            if not NAME.fullmatch(name):
                 raise ValueError("its name is not a UUID of version 7")
             with pq.ParquetFile(
                 self._path(table, name), filesystem=self._fs, page_checksum_verification=True
             ) as file:
                 _check_columns(file.schema_arrow, self._tables[table])
-                if name.endswith(_MERGED):
+                if name.endswith(MERGED):
                     _sources(file)
                 yield file
         except FileNotFoundError as error:
@@ -530,7 +518,7 @@ class Landing:
             with self._opened(table, name) as file:
                 parts.append(file.read().replace_schema_metadata(None).cast(schema))
         rows = pa.concat_tables(parts)
-        merged = f"{_row_ids.next()}{_MERGED}"
+        merged = f"{_row_ids.next()}{MERGED}"
         footer = {_SUPERSEDES: json.dumps(names).encode()}
         self._write(table, merged, rows.replace_schema_metadata(footer))
         self._delete(table, names)

@@ -13,17 +13,12 @@ import dagster as dg
 import pytest
 
 from audio_assets.defs import run_liveness
-from audio_assets.defs.kernel_locks import is_locked
 from audio_assets.defs.machine_slot import runs_ahead
 from audio_assets.defs.run_launcher import RunLauncher
-from audio_assets.defs.run_liveness import (
-    LOCK_TAG,
-    Liveness,
-    RunLock,
-    end_dead_runs,
-    liveness,
-    remove_old_locks,
-)
+from audio_assets.defs.run_liveness import end_dead_runs, liveness, remove_old_locks
+from audio_assets.monitoring import run_locks
+from audio_assets.monitoring.kernel_locks import is_locked
+from audio_assets.monitoring.run_locks import LOCK_TAG, Liveness, RunLock
 from audio_assets.settings import get_settings
 from robustness.settings import get_settings as get_robustness_settings
 from tests.conftest import PROJECT
@@ -32,7 +27,7 @@ from tests.robustness.conftest import postgres, postgres_url  # noqa: F401 - fix
 # What a run's process does for as long as it lives.
 HOLDER = """
 import sys, time
-from audio_assets.defs.run_liveness import RunLock
+from audio_assets.monitoring.run_locks import RunLock
 lock = RunLock(sys.argv[1])
 print(lock.tag["audio_assets/lock"], flush=True)
 time.sleep(600)
@@ -182,7 +177,7 @@ def test_a_lock_in_postgresql_lives_and_dies_with_its_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ROBUSTNESS_STATE_URL", postgres_url)
-    monkeypatch.setattr(run_liveness, "FREE_FOR_S", 0.2)
+    monkeypatch.setattr(run_locks, "FREE_FOR_S", 0.2)
     get_robustness_settings.cache_clear()
     run = begin(instance, **{LOCK_TAG: "postgresql"})
     with process(HOLDER, run) as holder:

@@ -26,6 +26,7 @@ from audio_assets.features.base import FeatureSet
 from audio_assets.library.scan import Library
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import feature_table, warehouse_tables
+from robustness.activity import Activity, list_activity
 from robustness.adaptive_timeout import get_timeout_manager
 from robustness.circuit_breaker import get_circuit_breaker
 from robustness.error_classifier import ErrorType
@@ -318,21 +319,30 @@ def test_open_breaker_defers_cells_until_it_closes(
 
 
 def test_cells_of_all_feature_sets_are_reported_whichever_drives(
-    library: Path, tmp_path: Path
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(engine_module, "ACTIVITY_S", 0.5)
     hanging = faults.feature_set("hanging", faults.hang)
     plain = faults.feature_set("plain", faults.sound)
     learn_short_timeout("hanging")
     keys = [f"music/{name}" for name in (*GOOD, "bad.wav")]
+    seen: list[Activity] = []
     with engine(library, tmp_path, hanging, plain) as shared:
         shared.begin([hanging, plain], keys)
-        outcomes = [*shared.drive("plain"), *shared.drive("hanging")]
+        outcomes = [
+            *shared.drive("plain", check=lambda: seen.extend(list_activity())),
+            *shared.drive("hanging", check=lambda: seen.extend(list_activity())),
+        ]
     cells = {(o.feature_set, o.file_key): o for o in outcomes}
     assert len(outcomes) == len(cells) == 8
     assert {outcome.status for outcome in outcomes} == {CellStatus.MATERIALIZED}
     bad = cells["hanging", "music/bad.wav"]
     assert bad.recoveries == ("increase_timeout", "audio_fallback")
     assert outcomes[-1] == bad  # a hang keeps nobody waiting
+    workers = [worker for run in seen for worker in run.body["workers"]]
+    hung = [w for w in workers if w["stage"] == "extract" and w["idle_s"] > 1]
+    assert {worker["file_key"] for worker in hung} == {"music/bad.wav"}
+    assert max(run.body["cells_finished"] for run in seen) > 0
 
 
 def all_attempts(tmp_path: Path, *feature_sets: FeatureSet) -> list[dict[str, Any]]:

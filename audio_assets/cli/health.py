@@ -1,0 +1,28 @@
+"""`audio-assets health`."""
+
+import logging
+
+import typer
+
+from audio_assets.cli.printing import AsCsv, AsJson, console, print_json, print_table, records
+
+COLUMNS = ("severity", "check", "found", "since", "evidence", "to do")
+EXIT_CODES = {"well": 0, "degraded": 1, "broken": 2}
+
+
+def health(as_csv: AsCsv = False, as_json: AsJson = False) -> None:
+    """Tell in a second whether all goes well: exit code 0 well, 1 degraded, 2 broken."""
+    from audio_assets.monitoring.findings import health_of
+    from audio_assets.monitoring.health import examine, open_store
+
+    logging.getLogger("robustness").setLevel(logging.CRITICAL)  # what they say is a finding
+    findings = examine(open_store())
+    verdict = health_of(findings)
+    rows = [(str(f.severity), f.check, f.what, f.since, f.evidence, f.advice) for f in findings]
+    if as_json:
+        print_json({"health": str(verdict), "findings": records(COLUMNS, rows)})
+    elif as_csv or rows:
+        print_table(COLUMNS, rows, as_csv=as_csv)
+    else:
+        console.print("All is well.")
+    raise typer.Exit(EXIT_CODES[verdict])

@@ -1,0 +1,78 @@
+"""A finding: what is not well, since when, by what evidence, and what to do."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+
+
+class Severity(StrEnum):
+    """How bad a finding is."""
+
+    DEGRADED = "degraded"
+    """Work goes on, with less than it should have."""
+    BROKEN = "broken"
+    """Work does not go on, or soon will not."""
+    UNKNOWN = "unknown"
+    """It could not be found out; counts like degraded."""
+
+
+class Health(StrEnum):
+    """What all findings together say."""
+
+    WELL = "well"
+    DEGRADED = "degraded"
+    BROKEN = "broken"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that is not well.
+
+    Parameters
+    ----------
+    check : str
+        Which check found it, one of a fixed few.
+    severity : Severity
+        How bad it is.
+    what : str
+        What is not well, in a sentence.
+    evidence : str
+        What was seen.
+    advice : str
+        What to do.
+    since : datetime, optional
+        Since when.
+    subject : str
+        What it is about, such as a disk, where a check may find several at once. Check and subject
+        are those of an incident: it lasts for as long as both are found.
+    """
+
+    check: str
+    severity: Severity
+    what: str
+    evidence: str
+    advice: str
+    since: datetime | None = None
+    subject: str = ""
+
+
+def health_of(findings: Iterable[Finding]) -> Health:
+    """Return what findings together say."""
+    severities = {finding.severity for finding in findings}
+    if Severity.BROKEN in severities:
+        return Health.BROKEN
+    return Health.DEGRADED if severities else Health.WELL
+
+
+def at(seconds: float) -> datetime:
+    """Return a time that is given in seconds since the epoch."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+def span(seconds: float) -> str:
+    """Return a duration as text, in its largest unit."""
+    for unit, length in (("days", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -21,6 +21,7 @@ from robustness.built_in_rules import BUILT_IN_RULES
 from robustness.circuit_breaker import get_circuit_breaker
 from robustness.error_classifier import ErrorInfo, ErrorType, RecoveryStrategy
 from robustness.error_rules import CONSEQUENCES, Rule
+from robustness.instrumentation import EVENTS
 from robustness.log_context import FIELDS, LOGGER_NAMES
 from robustness.settings import RobustnessSettings
 
@@ -227,6 +228,22 @@ def logging() -> str:
     )
 
 
+def events() -> str:
+    """Return the events that hooks are told of."""
+    return table(
+        ("event", "kind", "labels", "what it says"),
+        *(
+            (
+                f"`{event.name}`",
+                event.kind,
+                ", ".join(f"`{label}`" for label in event.labels) or "none",
+                event.description,
+            )
+            for event in EVENTS.values()
+        ),
+    )
+
+
 def services() -> str:
     """Return what the columns under the names of other services are made of."""
     rows = (
@@ -253,6 +270,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "breakers": breakers,
     "base_timeouts": base_timeouts,
     "logging": logging,
+    "events": events,
     "services": services,
 }
 

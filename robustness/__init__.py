@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # "as" says that a name is to be imported from here
         Rule as Rule,
         get_error_classifier as get_error_classifier,
     )
+    from robustness.instrumentation import Event as Event, set_hooks as set_hooks
     from robustness.quarantine import Quarantine as Quarantine
     from robustness.settings import (
         RobustnessSettings as RobustnessSettings,
@@ -77,6 +78,7 @@ _NAMES = {
         "Rule",
         "get_error_classifier",
     ),
+    "instrumentation": ("Event", "set_hooks"),
     "quarantine": ("Quarantine",),
     "settings": ("RobustnessSettings", "get_settings"),
     "smart_retry": (

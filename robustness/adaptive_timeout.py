@@ -20,6 +20,7 @@ from typing import Literal, overload
 
 import sqlalchemy as sa
 
+from robustness.instrumentation import emit
 from robustness.log_context import get_logger
 from robustness.memory import available_memory_mib, memory_limit_mib
 from robustness.settings import RobustnessSettings, get_settings
@@ -255,6 +256,9 @@ class AdaptiveTimeoutManager:
             prune(connection, timings, SAMPLE_SIZE, feature_type=feature_type)
 
         self._state.transact(insert)
+        outcome = "succeeded" if success else "timed_out" if row["censored"] else "failed"
+        emit("duration_seconds", processing_time, operation=feature_type, outcome=outcome)
+        emit("timeout_seconds", timeout_used, operation=feature_type)
         with self._lock:
             if history := self._histories.get(feature_type):
                 history.missed += 1

@@ -21,6 +21,7 @@ import sqlalchemy as sa
 
 from robustness.breaker_policy import BreakerPolicy, CircuitState, Outcome, Report, Transition
 from robustness.breaker_store import Admission, BreakerState, Refusal
+from robustness.instrumentation import emit
 from robustness.log_context import get_logger
 from robustness.settings import get_settings
 from robustness.state import StateStore, get_state_store
@@ -377,6 +378,7 @@ class CircuitBreaker:
         """
         answer = self._state.admit(lease_seconds or get_settings().timeout_max_delay)
         if isinstance(answer, Refusal):
+            emit("breaker_refusals", breaker=_label(self.name))
             raise CircuitBreakerOpenError(self.name, answer.retry_after, answer.why)
         return Permit(self, answer)
 
@@ -434,11 +436,20 @@ def _announce(transitions: Sequence[Transition]) -> None:
             transition.to_state,
             transition.reason,
         )
+        emit(
+            "breaker_transitions",
+            breaker=_label(transition.name),
+            to_state=transition.to_state.lower(),
+        )
         for listener in _listeners:
             try:
                 listener(transition)
             except Exception:
                 logger.exception("A listener for circuit breaker transitions failed")
+
+
+def _label(name: str) -> str:
+    return "unnamed" if name in _unnamed else name
 
 
 @functools.cache

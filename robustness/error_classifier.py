@@ -30,6 +30,7 @@ from robustness.error_rules import (
     rules_from_pyproject,
 )
 from robustness.file_evidence import ContentCheck, FileEvidence, FileState, inspect_file
+from robustness.instrumentation import emit
 from robustness.log_context import get_logger
 from robustness.state import StateStore, get_state_store
 from robustness.state_schema import errors, prune
@@ -429,6 +430,8 @@ class ErrorClassifier:
             return record_id
 
         record_id = self._store.transact(write)
+        if not previous:
+            emit("errors", error_type=info.error_type.value, severity=info.severity.value)
         mark = _Mark(
             record_id,
             info.at,

@@ -15,6 +15,7 @@ LOGGER_NAMES = tuple(
         "adaptive_timeout",
         "circuit_breaker",
         "error_classifier",
+        "instrumentation",
         "quarantine",
         "smart_retry",
         "state",

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import sqlalchemy as sa
 from sqlalchemy import Connection
 
+from robustness.instrumentation import emit
 from robustness.settings import get_settings
 from robustness.state import StateStore, get_state_store
 from robustness.state_schema import insert_into, quarantine
@@ -204,6 +205,7 @@ class Quarantine:
             )
 
         self._store.transact(upsert)
+        emit("quarantined", feature_set=feature_set, error_type=error_type)
 
     def release(self, pattern: str, feature_set: str | None = None) -> int:
         """Release cells, so that the next run tries them again.

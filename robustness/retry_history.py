@@ -8,6 +8,7 @@ from typing import Final, TypedDict, TypeVar, cast
 
 import sqlalchemy as sa
 
+from robustness.instrumentation import emit
 from robustness.log_context import get_logger
 from robustness.state import StateStore, get_state_store
 from robustness.state_schema import insert_into, prune, retry_outcomes, retry_parameters
@@ -168,6 +169,8 @@ class RetryHistory:
 
         self._store.transact(write)
         if attempts > 1:
+            outcome = "succeeded" if success else "failed"
+            emit("retried", operation=operation, strategy=strategy.value, outcome=outcome)
             self._adjust(strategy, operation)
 
     def get_retry_stats(self) -> dict[str, RetryStats]:

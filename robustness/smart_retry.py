@@ -19,6 +19,7 @@ from typing import Any, Final, Generic, Literal, ParamSpec, TypedDict, TypeVar, 
 from tenacity import AsyncRetrying, RetryCallState, Retrying
 
 from robustness.error_classifier import ErrorClassifier, ErrorInfo, get_error_classifier
+from robustness.instrumentation import emit
 from robustness.log_context import get_logger
 from robustness.retry_budget import change_budget
 from robustness.retry_history import RetryHistory, RetryStrategy, growth
@@ -331,8 +332,9 @@ class SmartRetryManager(RetryHistory):
         delay = base * growth(strategy, min(attempt, 100), learned.multiplier)
         if strategy is RetryStrategy.ADAPTIVE:
             delay *= self._patience(operation) * (1 + min(1.0, (file_size_mb or 0.0) / 1000))
-        delay = min(delay, MAX_DELAY) * (1 - JITTER * random.random())
-        return max(delay, asked_for)
+        delay = max(min(delay, MAX_DELAY) * (1 - JITTER * random.random()), asked_for)
+        emit("retry_delay_seconds", delay, operation=operation, strategy=strategy.value)
+        return delay
 
     def deposit(self, scope: str) -> None:
         """Credit a first attempt to the retry budget of a scope, for instance an operation."""

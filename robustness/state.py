@@ -20,6 +20,7 @@ import sqlalchemy as sa
 from sqlalchemy import Connection
 from sqlalchemy.exc import SQLAlchemyError
 
+from robustness.instrumentation import emit
 from robustness.log_context import get_logger
 from robustness.settings import get_settings
 from robustness.state_database import (
@@ -186,6 +187,7 @@ class StateStore:
             self._fallback = Database("sqlite://", self._database.lock_timeout)
             self.problem = str(getattr(error, "orig", None) or error)
             self._database.close()
+        emit("state_failures")
         logger.error(
             "The robustness state %s cannot be used: %s. Work goes on with breakers, timeouts, "
             "retries and quarantine known to this process alone; it is tried again every %g s. "

@@ -38,6 +38,7 @@ from concurrent.futures import CancelledError
 from types import TracebackType
 from typing import Self, TypeVar, TypeVarTuple
 
+from robustness.instrumentation import emit
 from robustness.log_context import get_logger
 from robustness.memory import available_memory_mib, memory_limit_mib
 from robustness.worker_handle import (
@@ -508,6 +509,7 @@ class WorkerPool:
             error = CancelledError("the worker pool was killed")
         task.future.set_exception(error)
         if isinstance(error, WorkerError):
+            emit("worker_failures", error=type(error).__name__)
             logger.warning("%s: %s", getattr(task.fn, "__qualname__", task.fn), error)
 
 

@@ -64,7 +64,7 @@ def test_each_error_type_and_recovery_is_explained() -> None:
 @pytest.mark.usefixtures("fresh_process")
 def test_examples_run(capfd: pytest.CaptureFixture[str]) -> None:
     examples = re.findall(r"^```python\n(.*?)^```", ROBUSTNESS, flags=re.MULTILINE | re.DOTALL)
-    assert len(examples) == 6
+    assert len(examples) == 7
     for example in examples:
         exec(compile(example, "docs/robustness.md", "exec"), {"__name__": "example"})
     assert not get_state_store().degraded

@@ -24,6 +24,7 @@ def test_importing_a_module_loads_no_other() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.split() == [
+        "robustness.instrumentation",
         "robustness.log_context",
         "robustness.memory",
         "robustness.settings",

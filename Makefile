@@ -16,9 +16,10 @@ PYTHON_TESTS := $(PYTHONS:%=test-python-%)
 run: $(DEV) ## Analyse LIBRARY, or a sample library made for the purpose
 	$(VENV)/bin/audio-assets analyze $(if $(LIBRARY),"$(LIBRARY)") || [ $$? -eq 3 ] # 3: some files failed
 
-dev: $(DEV) ## Dagster's webserver and daemon on http://localhost:3000
+dev: $(DEV) ## Dagster on http://localhost:3000, health and metrics on http://localhost:3001
 	$(VENV)/bin/audio-assets prepare
-	umask $${AUDIO_ASSETS_UMASK:-077} && $(VENV)/bin/dagster dev --workspace workspace.yaml
+	umask $${AUDIO_ASSETS_UMASK:-077} && { $(VENV)/bin/audio-assets serve & } && \
+	    trap "kill $$! 2>/dev/null" EXIT INT TERM && $(VENV)/bin/dagster dev --workspace workspace.yaml
 
 test: $(DEV) ## All tests, those of a file after one another
 	$(VENV)/bin/pytest --numprocesses $$(($$(nproc) < 4 ? $$(nproc) + 1 : 4)) --dist loadfile \

@@ -121,6 +121,26 @@ class AudioAssetsSettings(BaseSettings):
         description="Permissions (octal) that all generated files lack; `027` lets a group read "
         "them, `007` write them",
     )
+    token: str | None = Field(
+        None,
+        alias="AUDIO_ASSETS_TOKEN",
+        min_length=8,
+        repr=False,
+        description="What a request to `audio-assets serve` must bear, as in `Authorization: "
+        "Bearer …`; needed to listen on other addresses than this machine's own",
+    )
+    alert_command: str | None = Field(
+        None,
+        alias="AUDIO_ASSETS_ALERT_COMMAND",
+        description="Run by `audio-assets serve` once per incident, and once when it is over, with "
+        "the alert as JSON on its standard input",
+    )
+    alert_url: str | None = Field(
+        None,
+        alias="AUDIO_ASSETS_ALERT_URL",
+        pattern=r"^https?://",
+        description="Where `audio-assets serve` posts the same",
+    )
     timezone: str = Field(
         "UTC",
         alias="AUDIO_ASSETS_TIMEZONE",

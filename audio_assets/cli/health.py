@@ -1,9 +1,13 @@
-"""`audio-assets health`."""
+"""The commands that tell how all is doing, and keep it going."""
 
 import logging
+import os
+import sys
+from pathlib import Path
 
 import typer
 
+from audio_assets.cli.endings import ExitCode, UserError
 from audio_assets.cli.printing import AsCsv, AsJson, console, print_json, print_table, records
 
 COLUMNS = ("severity", "check", "found", "since", "evidence", "to do")
@@ -26,3 +30,21 @@ def health(as_csv: AsCsv = False, as_json: AsJson = False) -> None:
     else:
         console.print("All is well.")
     raise typer.Exit(EXIT_CODES[verdict])
+
+
+def daemon() -> None:
+    """Run Dagster's daemon; systemd's watchdog is told for as long as it lives."""
+    from audio_assets.monitoring.watchdog import watch
+    from audio_assets.settings import get_settings
+
+    program = Path(sys.executable).with_name("dagster-daemon")
+    if not program.exists():
+        raise UserError(f"{program} is not installed.", ExitCode.FAILED)
+    process = os.getpid()
+    if os.environ.get("NOTIFY_SOCKET") and os.fork() == 0:
+        try:
+            watch(process)
+        finally:
+            os._exit(0)  # not back into the command line of the process that was forked
+    workspace = get_settings().dagster_home / "workspace.yaml"
+    os.execv(program, [str(program), "run", "--workspace", str(workspace)])

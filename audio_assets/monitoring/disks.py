@@ -29,6 +29,9 @@ SAMPLE_S = 300.0
 WINDOW_S = 6 * 3600.0
 """The rate is that of this time (s)."""
 
+HORIZON = 10
+"""Nothing is foretold further ahead than this many times the time that a disk was watched."""
+
 _MIB = 2**20
 _PROBE = b"\0" * 65_536
 
@@ -49,7 +52,7 @@ class Disk:
         Share of its inodes that is free; 1 if it has no such limit.
     full_in_s : float or None
         When it will be full at the rate of the last hours (s); None if it is not filling up, or
-        has not been watched for long enough.
+        that is further ahead than `HORIZON`.
     """
 
     path: Path
@@ -168,11 +171,9 @@ def _measured(
     status = os.statvfs(path)
     free_mib = _free_mib(status)
     before = [row for row in known.get(str(path.stat().st_dev), []) if now - row[0] <= WINDOW_S]
-    full_in_s = None
-    if before and now - before[0][0] >= SAMPLE_S:
-        spent = before[0][1] - free_mib
-        if spent > 0:
-            full_in_s = free_mib * (now - before[0][0]) / spent
+    watched_s = now - before[0][0] if before else 0.0
+    spent = before[0][1] - free_mib if watched_s >= SAMPLE_S else 0.0
+    full_in_s = watched_s * free_mib / spent if spent * HORIZON > free_mib else None
     inodes = status.f_favail / status.f_files if status.f_files else 1.0
     return Disk(path, used_for, free_mib, inodes, full_in_s)
 

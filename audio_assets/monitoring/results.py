@@ -72,10 +72,7 @@ def check_results(now: float) -> Iterator[Finding]:
         return
     try:
         with reading(path) as connection:
-            tables = [table.landing_name for table in _WRITTEN_TOGETHER]
-            published = connection.execute(
-                "SELECT part FROM publishing.parts WHERE list_contains(?, landing_table)", [tables]
-            ).fetchall()
+            published = published_parts(connection)
             hour, day = (ended_since(connection, now - window) for window in (HOUR_S, DAY_S))
             before = _ended_before(connection, now - DAY_S)
     except duckdb.Error as error:
@@ -96,7 +93,7 @@ def check_results(now: float) -> Iterator[Finding]:
             landing,
             "mount its disk, or correct AUDIO_LANDING",
         )
-    yield from _lag(landed - {part for (part,) in published}, now)
+    yield from _lag(landed - published, now)
     yield from _overspent(hour, day)
     yield from _growth(day, before)
 
@@ -120,6 +117,15 @@ def landed_parts() -> set[str]:
             if filesystem.exists(folder):
                 names += (path.rsplit("/", 1)[-1] for path in filesystem.ls(folder, detail=False))
     return {name for name in names if NAME.fullmatch(name) and not name.endswith(MERGED)}
+
+
+def published_parts(connection: DuckDBPyConnection) -> set[str]:
+    """Return the names of the parts of the same tables that a version of the database holds."""
+    tables = [table.landing_name for table in _WRITTEN_TOGETHER]
+    rows = connection.execute(
+        "SELECT part FROM publishing.parts WHERE list_contains(?, landing_table)", [tables]
+    ).fetchall()
+    return {part for (part,) in rows}
 
 
 def ended_since(connection: DuckDBPyConnection, seconds: float) -> Ended:

@@ -53,6 +53,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Home:
         (["scan", "/nowhere"], 2, {"duckdb", "sqlalchemy"}),
         (["query", "FROM features.tracks"], 0, {"sqlalchemy"}),
         (["status"], 0, set()),
+        (["health"], 1, {"yaml"}),
     ],
 )
 def test_a_command_imports_only_what_it_needs(

@@ -1,0 +1,172 @@
+"""What `audio-assets serve` serves: `/livez`, `/readyz` and `/metrics`."""
+
+import hmac
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict
+from typing import Any
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.exposition import choose_encoder
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from audio_assets.monitoring.alerts import Alerts, command, webhook
+from audio_assets.monitoring.findings import Finding, Health, health_of
+from audio_assets.monitoring.health import examine, open_store
+from audio_assets.monitoring.landed import LandedRows
+from audio_assets.monitoring.metrics import ProductCollector
+from audio_assets.settings import get_settings
+from audio_assets.warehouse import open_landing
+from robustness.state import StateStore
+
+logger = logging.getLogger(__name__)
+
+ROUND_S = 10.0
+"""How often all is checked (s)."""
+
+STUCK_S = 60.0
+"""Without a round for longer than this the service counts as not alive (s)."""
+
+
+class Watcher:
+    """Checks all in rounds, in a thread of its own, and has alerts told.
+
+    Parameters
+    ----------
+    store : StateStore
+        For the checks.
+    alerts : sequence of Alerts
+        Told of each round.
+
+    Attributes
+    ----------
+    findings : list of Finding or None
+        Those of the last round; None before the first.
+    ended_at : float
+        When that ended (s, monotonic clock).
+    """
+
+    def __init__(self, store: StateStore, alerts: Sequence[Alerts] = ()) -> None:
+        self._store = store
+        self._alerts = alerts
+        self._stop = threading.Event()
+        self.findings: list[Finding] | None = None
+        self.ended_at = time.monotonic()
+
+    def start(self) -> None:
+        """Begin with the first round."""
+        threading.Thread(target=self._run, name="watcher", daemon=True).start()
+
+    def stop(self) -> None:
+        """End after the present round."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.findings = examine(self._store)
+                for alerts in self._alerts:
+                    alerts.round(self.findings)
+            except Exception:
+                logger.exception("A round of checks failed")
+            else:
+                self.ended_at = time.monotonic()
+            self._stop.wait(ROUND_S)
+
+
+def service(token: str | None = None) -> Starlette:
+    """Return the application.
+
+    Parameters
+    ----------
+    token : str, optional
+        What a request must bear, ``Authorization: Bearer <token>``. Without one, only requests to
+        this machine by its own names are answered: a page on the web cannot have a browser ask.
+    """
+    settings, store = get_settings(), open_store()
+    channels = {
+        "command": settings.alert_command and command(settings.alert_command),
+        "webhook": settings.alert_url and webhook(settings.alert_url),
+    }
+    watcher = Watcher(
+        store,
+        [
+            Alerts(channel, settings.dagster_home / f".incidents.{name}.json")
+            for name, channel in channels.items()
+            if channel
+        ],
+    )
+    registry = CollectorRegistry()
+    registry.register(ProductCollector(LandedRows(open_landing()), store, lambda: watcher.findings))
+
+    async def livez(request: Request) -> Response:
+        """Whether this process does what it is for."""
+        stuck_s = time.monotonic() - watcher.ended_at
+        if stuck_s > STUCK_S:
+            return PlainTextResponse(f"no check has ended for {stuck_s:.0f} s\n", 503)
+        return PlainTextResponse("ok\n")
+
+    async def readyz(request: Request) -> Response:
+        """Whether work goes on, and what is not well."""
+        if watcher.findings is None:
+            return JSONResponse({"health": "unknown", "findings": []}, 503)
+        health = health_of(watcher.findings)
+        body = {"health": health, "findings": [_shown(f) for f in watcher.findings]}
+        return JSONResponse(body, 503 if health is Health.BROKEN else 200)
+
+    def metrics(request: Request) -> Response:
+        """All metrics; Starlette calls it in a thread."""
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return Response(encode(registry), media_type=content_type)
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        watcher.start()
+        yield
+        watcher.stop()
+
+    guard = (
+        Middleware(_BearsToken, token=token)
+        if token
+        else Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+    )
+    return Starlette(
+        routes=[
+            Route("/livez", livez),
+            Route("/readyz", readyz),
+            Route("/metrics", metrics),
+        ],
+        middleware=[guard],
+        lifespan=lifespan,
+    )
+
+
+class _BearsToken:
+    """Answers only requests that bear a token."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {token}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http":
+            given = Headers(scope=scope).get("Authorization", "").encode("latin-1")
+            if not hmac.compare_digest(given, self._expected):
+                app = PlainTextResponse("a token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
+        await app(scope, receive, send)
+
+
+def _shown(finding: Finding) -> dict[str, Any]:
+    since = finding.since.isoformat() if finding.since else None
+    return asdict(finding) | {"since": since}

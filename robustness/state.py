@@ -67,6 +67,8 @@ class StateStore:
     ----------
     problem : str or None
         Why the database was last out of use.
+    returned_at : float
+        When it was last in use again after that (s, monotonic clock).
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class StateStore:
         self._fallback: Database | None = None
         self._next_try = 0.0
         self.problem: str | None = None
+        self.returned_at = -math.inf
         self._switching = threading.Lock()
         self._local = threading.local()
         _stores.add(self)
@@ -223,7 +226,7 @@ class StateStore:
             with fallback.transaction(write=True) as source:
                 with self._database.transaction(write=True) as target:
                     _carry_over(source, target)
-                self._fallback = None
+                self._fallback, self.returned_at = None, time.monotonic()
         except (SQLAlchemyError, UnavailableError) as error:
             logger.debug("The robustness state %s still cannot be used: %s", self.url, error)
             self._next_try = time.monotonic() + self._retry_interval

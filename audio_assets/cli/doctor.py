@@ -32,7 +32,6 @@ MIN_WORKER_MIB = 512
 ROOMY_WORKER_MIB = 1024
 """With less than this for a worker the check warns (MiB)."""
 
-MIN_FREE_MIB = 512
 COUNTING_S = 5.0
 """Time for counting the files of a root (s)."""
 
@@ -440,6 +439,7 @@ def _try_landing() -> Path | None:
 
 
 def _check_landing() -> _Found:
+    from audio_assets.monitoring.disks import MIN_FREE_MIB
     from audio_assets.settings import get_settings
 
     url = get_settings().landing
@@ -613,6 +613,8 @@ def _try_writing(directory: Path, advice: str) -> None:
 
 def _space(check: str, directory: Path, wanted_mib: float) -> Iterator[Finding]:
     import psutil
+
+    from audio_assets.monitoring.disks import MIN_FREE_MIB
 
     free = psutil.disk_usage(str(directory)).free / _MIB
     found = f"{directory}, {free:.0f} MiB free"

@@ -1,7 +1,7 @@
 """Alerts without Prometheus: a command or a webhook is told once per incident, and once at its end.
 
 An incident begins when `ROUNDS` rounds of checks in a row have found it, and is over when as many
-have not. A round that could not find out everything ends none. What was told is kept in
+have not. What a round could not find out is as it was. What was told is kept in
 ``$DAGSTER_HOME/.incidents.json``, so that a restart tells nothing twice.
 """
 
@@ -14,11 +14,11 @@ import subprocess
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from audio_assets.monitoring.findings import Finding, Severity
+from audio_assets.monitoring.health import HIDES
 
 logger = logging.getLogger(__name__)
 
@@ -80,16 +80,18 @@ class Alerts:
     def round(self, findings: Sequence[Finding]) -> None:
         """Tell of the incidents that have begun or are over, by the findings of a round."""
         found = {f"{f.check} {f.subject}".rstrip(): f for f in findings}
-        is_complete = all(finding.severity is not Severity.UNKNOWN for finding in findings)
+        hidden = {name for f in findings for name in HIDES.get(f.check, ())}
+        if any(f.check == "runs" and f.severity is Severity.UNKNOWN for f in findings):
+            hidden |= {"outbox", "workers"}
         for name, finding in found.items():
             self._seen[name] = max(self._seen.get(name, 0), 0) + 1
             if name not in self._told and self._seen[name] >= ROUNDS:
-                alert = _alert(finding)
+                alert = {**finding.shown(), "host": socket.gethostname()}
                 if self._tell("begun", alert):
                     self._told[name] = alert
                     self._keep()
-        for name in (self._seen.keys() | self._told.keys()) - found.keys():
-            if not is_complete:
+        for name in sorted((self._seen.keys() | self._told.keys()) - found.keys()):
+            if name.partition(" ")[0] in hidden:
                 continue
             self._seen[name] = min(self._seen.get(name, 0), 0) - 1
             if name not in self._told:
@@ -113,8 +115,3 @@ class Alerts:
             partial.replace(self._path)
         except OSError as error:  # of a full disk: a restart then tells again
             logger.warning("%s cannot be written: %s", self._path, error.strerror)
-
-
-def _alert(finding: Finding) -> dict[str, Any]:
-    since = finding.since.isoformat() if finding.since else None
-    return asdict(finding) | {"since": since, "host": socket.gethostname()}

@@ -8,6 +8,9 @@ from audio_assets.monitoring.findings import Finding, Severity, at, span
 HEARTBEAT_S = 50.0
 """Without any heartbeat for this long the daemon is gone or stopped (s): it has one every 30 s."""
 
+FORGOTTEN_S = 7 * 86_400.0
+"""After this long without the daemon, and with no run queued, a home does without (s)."""
+
 TICK_S = 180.0
 """A tick that is late by this much is missing (s): sensors take their turns."""
 
@@ -27,7 +30,7 @@ def is_alive(storage: DagsterStorage, now: float) -> bool | None:
 
 
 def check_daemon(now: float) -> Iterator[Finding]:
-    """Check the daemon, its sensors and schedules, and the queue; nothing if it never ran."""
+    """Check the daemon, its sensors and schedules, and the queue, where the daemon is used."""
     storage = DagsterStorage()
     if not storage.exists:
         return
@@ -48,7 +51,8 @@ def check_daemon(now: float) -> Iterator[Finding]:
             "set the clock right; this passes with the daemon's next heartbeat",
         )
     elif now - newest > HEARTBEAT_S:
-        yield _not_running(queued, newest, now)
+        if queued or now - newest < FORGOTTEN_S:
+            yield _not_running(queued, newest, now)
     else:
         yield from _late_ticks(storage, now)
         if len(queued) == len(runs):

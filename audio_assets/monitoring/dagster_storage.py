@@ -116,7 +116,9 @@ class DagsterStorage:
         self._files = [] if url else [home / "history/runs.db", home / "schedules/schedules.db"]
         if url:
             options = {"connect_timeout": ANSWER_S, "options": f"-c statement_timeout={ANSWER_S}s"}
-            self._runs = self._schedules = sa.create_engine(url, connect_args=options)
+            self._runs = self._schedules = sa.create_engine(
+                url, connect_args=options, poolclass=sa.NullPool
+            )
         else:
             self._runs, self._schedules = map(_read_only, self._files)
 

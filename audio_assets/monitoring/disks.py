@@ -79,13 +79,28 @@ def places() -> dict[str, Path]:
     return found
 
 
-def check_place(purpose: str, path: Path, now: float) -> Iterator[Finding]:
-    """Check that a directory can be written, if it exists, and that its disk has space."""
+def check_place(
+    purpose: str, path: Path, now: float, *, writes: bool = True
+) -> Iterator[Finding]:
+    """Check that a directory can be written, if it exists, and that its disk has space.
+
+    Parameters
+    ----------
+    purpose : str
+        What the directory is used for.
+    path : Path
+        The directory.
+    now : float
+        The time (s since the epoch).
+    writes : bool
+        Write to it, which wakes a sleeping disk: a quota does not show otherwise.
+    """
     if not path.is_dir():
         return
     try:
-        with tempfile.TemporaryFile(dir=path) as file:  # a quota shows only when one writes
-            file.write(_PROBE)
+        if writes:
+            with tempfile.TemporaryFile(dir=path) as file:
+                file.write(_PROBE)
     except OSError as error:
         yield Finding(
             "disks",
@@ -141,13 +156,15 @@ def samples() -> dict[str, list[tuple[float, float]]]:
 
 def take_sample(now: float) -> None:
     """Note what is free now, if the last sample is old enough."""
-    known = samples()
+    known, is_due = samples(), False
     for path in places().values():
         with suppress(OSError):
             device, free_mib = str(path.stat().st_dev), _free_mib(os.statvfs(path))
             kept = [row for row in known.get(device, []) if now - WINDOW_S <= row[0] <= now]
             if not kept or now - kept[-1][0] >= SAMPLE_S:
-                known[device] = [*kept, (now, free_mib)]
+                known[device], is_due = [*kept, (now, free_mib)], True
+    if not is_due:
+        return
     target = _samples_file()
     partial = target.with_name(f"{target.name}.{os.getpid()}")
     try:

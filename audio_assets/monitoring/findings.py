@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from enum import StrEnum
 
+from audio_assets.library.text import masked, printable
+
 
 class Severity(StrEnum):
     """How bad a finding is."""
@@ -55,6 +57,11 @@ class Finding:
     advice: str
     since: datetime | None = None
     subject: str = ""
+
+    def shown(self) -> dict[str, str | None]:
+        """Return it for JSON: texts as they may be shown, without passwords."""
+        texts = {name: masked(printable(str(value))) for name, value in vars(self).items()}
+        return {**texts, "since": self.since.isoformat() if self.since else None}
 
 
 def health_of(findings: Iterable[Finding]) -> Health:

@@ -18,7 +18,7 @@ from audio_assets.monitoring.disks import check_place, places, take_sample
 from audio_assets.monitoring.findings import Finding, Severity
 from audio_assets.monitoring.results import check_results
 from audio_assets.monitoring.roots import check_root
-from audio_assets.monitoring.runs import check_runs
+from audio_assets.monitoring.runs import check_runs, recent_activity
 from audio_assets.monitoring.state import check_state
 from robustness.settings import get_settings
 from robustness.state import StateStore
@@ -35,9 +35,20 @@ CHECKS = (
 )
 """The checks that findings name."""
 
+HIDES = {
+    "daemon": ("ticks", "queue"),
+    "clock": ("daemon", "ticks", "queue"),
+    "state": ("breakers", "runs", "outbox", "workers"),
+    "results": ("landing", "publish", "errors", "quality"),
+}
+"""What is not known while something is found by a check."""
+
 _Check: TypeAlias = Callable[[float], Iterable[Finding]]
 _Named: TypeAlias = tuple[str, str, _Check]
 """A check, its name and its subject."""
+
+_hanging: set[tuple[str, str]] = set()
+"""The checks that have not ended yet: none is begun again before."""
 
 _ORDER = (Severity.BROKEN, Severity.DEGRADED, Severity.UNKNOWN)
 
@@ -47,7 +58,9 @@ def open_store() -> StateStore:
     return StateStore(get_settings().state_url, lock_timeout=LOCK_S, retry_interval=5.0)
 
 
-def examine(store: StateStore, deadline_s: float = DEADLINE_S) -> list[Finding]:
+def examine(
+    store: StateStore, deadline_s: float = DEADLINE_S, *, lets_disks_sleep: bool = False
+) -> list[Finding]:
     """Run all checks.
 
     Parameters
@@ -56,6 +69,8 @@ def examine(store: StateStore, deadline_s: float = DEADLINE_S) -> list[Finding]:
         See `open_store`.
     deadline_s : float
         Time after which a check is given up (s).
+    lets_disks_sleep : bool
+        While no run is active, write to no disk but that of the home.
 
     Returns
     -------
@@ -63,17 +78,26 @@ def examine(store: StateStore, deadline_s: float = DEADLINE_S) -> list[Finding]:
         The worst first.
     """
     now = time.time()
+    writes = not lets_disks_sleep or bool(recent_activity(now, store))
     checks: list[_Named] = [
         ("daemon", "", check_daemon),
         ("runs", "", partial(check_runs, store=store)),
         ("state", "", partial(check_state, store=store)),
         ("results", "", check_results),
         ("roots", "", partial(_check_roots, deadline_s=deadline_s)),
-        *(("disks", what, partial(check_place, what, path)) for what, path in places().items()),
+        ("disks", "rates", _sample),
+        *(
+            ("disks", what, partial(check_place, what, path, writes=writes or what == "home"))
+            for what, path in places().items()
+        ),
     ]
     findings = _run(checks, now, deadline_s)
-    take_sample(now)
     return sorted(findings, key=lambda f: (_ORDER.index(f.severity), f.check, f.subject))
+
+
+def _sample(now: float) -> list[Finding]:
+    take_sample(now)
+    return []
 
 
 def _check_roots(now: float, deadline_s: float) -> list[Finding]:
@@ -95,12 +119,15 @@ def _run(checks: Iterable[_Named], now: float, deadline_s: float) -> list[Findin
         except Exception as error:  # noqa: BLE001 - one check that fails must not end the others
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             findings.append(_unknown(name, subject, reason))
+        _hanging.discard((name, subject))
         ended.put((name, subject, findings))
 
     open_checks = set()
     for name, subject, check in checks:
         open_checks.add((name, subject))
-        threading.Thread(target=run, args=(name, subject, check), daemon=True).start()
+        if (name, subject) not in _hanging:
+            _hanging.add((name, subject))
+            threading.Thread(target=run, args=(name, subject, check), daemon=True).start()
     until = time.monotonic() + deadline_s
     found: list[Finding] = []
     while open_checks:

@@ -38,11 +38,10 @@ from audio_assets.monitoring.results import (
     landed_parts,
     published_parts,
 )
-from audio_assets.monitoring.runs import alive_and_dead
+from audio_assets.monitoring.runs import alive_and_dead, recent_activity
 from audio_assets.settings import get_settings
 from audio_assets.warehouse.database import reading
 from audio_assets.warehouse.part_names import written_at
-from robustness.activity import list_activity
 from robustness.circuit_breaker import CircuitState
 from robustness.memory import worker_budget_mib
 from robustness.quarantine import Quarantine
@@ -234,7 +233,7 @@ class ProductCollector(Collector):
         for labels, cells in groupby(quarantined):
             family.add_metric(labels, len(list(cells)))
         yield family
-        runs = list_activity(self._store)
+        runs = recent_activity(time.time(), self._store)
         workers = [worker for run in runs for worker in run.body["workers"]]
         for name, what, value in (
             ("workers_busy", "Workers that have a task", len(workers)),

@@ -1,5 +1,6 @@
 """The active runs: whether each lives, goes on, writes its rows, and has a worker that hangs."""
 
+import time
 from collections.abc import Iterator
 
 from audio_assets.monitoring.dagster_storage import DagsterStorage, Run
@@ -27,6 +28,9 @@ def check_runs(now: float, store: StateStore) -> Iterator[Finding]:
     if not storage.exists:
         return
     said = {activity.name: activity for activity in list_activity(store)}
+    if time.monotonic() - store.returned_at < SILENCE_S:
+        # Runs have yet to come back to the store, too.
+        said = {activity.name: activity for activity in recent_activity(now, store)}
     for run in storage.unfinished_runs():
         if run.status in ("QUEUED", "NOT_STARTED"):
             continue
@@ -43,6 +47,11 @@ def check_runs(now: float, store: StateStore) -> Iterator[Finding]:
             )
         elif activity := said.get(run.run_id):
             yield from _of_activity(run, activity, now)
+
+
+def recent_activity(now: float, store: StateStore) -> list[Activity]:
+    """Return what the runs are at that have said so just now."""
+    return [said for said in list_activity(store) if now - said.at < SILENCE_S]
 
 
 def alive_and_dead(storage: DagsterStorage) -> tuple[int, int, int]:

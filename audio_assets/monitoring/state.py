@@ -1,5 +1,6 @@
 """The state store, and the breakers and the quarantine in it."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,10 +10,15 @@ from audio_assets.monitoring.findings import Finding, Severity, at
 from robustness.state import StateStore
 from robustness.state_schema import circuit_breakers
 
+RETURN_S = 0.6
+"""Time that a store takes to come back, or to see that it cannot (s)."""
+
 
 def check_state(now: float, store: StateStore) -> Iterator[Finding]:
     """Check that the store can be written, and that every breaker in it is closed."""
     store.transact(lambda connection: None)
+    if store.degraded:
+        time.sleep(RETURN_S)  # it may have been locked before, and come back with this use
     if store.degraded:
         yield Finding(
             "state",

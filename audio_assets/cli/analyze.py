@@ -39,7 +39,6 @@ from audio_assets.defs.partitions import (
 )
 from audio_assets.defs.run_records import record_ended_runs, record_run
 from audio_assets.features import FEATURE_SETS
-from audio_assets.monitoring.run_locks import RunLock
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
 

@@ -79,9 +79,7 @@ def places() -> dict[str, Path]:
     return found
 
 
-def check_place(
-    purpose: str, path: Path, now: float, *, writes: bool = True
-) -> Iterator[Finding]:
+def check_place(purpose: str, path: Path, now: float, *, writes: bool = True) -> Iterator[Finding]:
     """Check that a directory can be written, if it exists, and that its disk has space.
 
     Parameters

@@ -138,7 +138,9 @@ def service(token: str | None = None) -> Starlette:
     guard = (
         Middleware(_BearsToken, token=token)
         if token
-        else Middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "::1", "[::1]"])
+        else Middleware(
+            TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "::1", "[::1]"]
+        )
     )
     return Starlette(
         routes=[

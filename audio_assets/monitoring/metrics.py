@@ -264,15 +264,14 @@ class ProductCollector(Collector):
 
     def _of_dagster(self) -> Iterator[Metric]:
         storage = DagsterStorage()
-        if not storage.exists:
-            return
+        runs = alive_and_dead(storage) if storage.exists else (0, 0, 0)
         family = GaugeMetricFamily(
             f"{PREFIX}runs", "Runs that have not ended, by their process", labels=["state"]
         )
-        for state, number in zip(("queued", "alive", "dead"), alive_and_dead(storage), strict=True):
+        for state, number in zip(("queued", "alive", "dead"), runs, strict=True):
             family.add_metric([state], number)
         yield family
-        if beats := storage.heartbeats().values():
+        if storage.exists and (beats := storage.heartbeats().values()):
             yield GaugeMetricFamily(
                 f"{PREFIX}daemon_heartbeat_timestamp_seconds",
                 "Last heartbeat of Dagster's daemon",

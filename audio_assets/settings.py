@@ -114,6 +114,12 @@ class AudioAssetsSettings(BaseSettings):
     batch_size: PositiveInt = Field(
         50, alias="AUDIO_ASSETS_BATCH_SIZE", le=100_000, description="Files per run"
     )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        alias="AUDIO_ASSETS_DEVICE",
+        description="What runs neural networks: `cpu`; `cuda`, an NVIDIA GPU, which needs the "
+        "package `onnxruntime-gpu` in place of `onnxruntime`; or `auto`, a GPU if there is one",
+    )
     umask: str = Field(
         "077",
         alias="AUDIO_ASSETS_UMASK",

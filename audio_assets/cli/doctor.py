@@ -220,7 +220,7 @@ def _check_librosa() -> _Found:
 def _check_models() -> _Found:
     import numpy as np
 
-    from audio_assets.features.musicnn_network import WeightsError, load_network
+    from audio_assets.features.musicnn_network import DeviceError, WeightsError, load_network
 
     patch = np.zeros((187, 96), np.float32)
     for model in ("MSD_musicnn", "MTT_musicnn"):
@@ -228,6 +228,8 @@ def _check_models() -> _Found:
             network = load_network(model)
         except WeightsError as error:
             raise CheckError(str(error), _reinstall("--no-deps")) from None
+        except DeviceError as error:
+            raise CheckError(str(error), "set AUDIO_ASSETS_DEVICE to auto") from None
         activations, _ = network.run(patch)
         if not np.isfinite(activations).all():
             raise CheckError(f"{model} returns values that are not finite", _UNFIT)

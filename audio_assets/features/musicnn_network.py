@@ -4,7 +4,7 @@ The `musicnn` package carries TensorFlow checkpoints of the networks its authors
 Million Song Dataset (``MSD_musicnn``) and on MagnaTagATune (``MTT_musicnn``); ``hatch_build.py``
 puts them into this project's own wheel. Here their variables are read from the checkpoint format
 itself and put into an ONNX graph, made in memory, that onnxruntime runs on one core: the workers
-are what runs in parallel.
+are what runs in parallel; or on a GPU, if there is one.
 
 References
 ----------
@@ -29,12 +29,16 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
-from onnxruntime import InferenceSession, SessionOptions
+from onnxruntime import InferenceSession, SessionOptions, get_available_providers
+
+from audio_assets.settings import get_settings
 
 FloatArray = NDArray[np.float32]
 ModelName = Literal["MSD_musicnn", "MTT_musicnn"]
 
 _MEL_BANDS = 96
+
+_CUDA = "CUDAExecutionProvider"
 
 # Of the ONNX standard: versions that every onnxruntime this project allows can read.
 _OPERATOR_SET = 17
@@ -57,6 +61,10 @@ _DT_FLOAT = 1
 
 class WeightsError(Exception):
     """A file of the weights is missing or damaged."""
+
+
+class DeviceError(Exception):
+    """The GPU that the settings demand cannot be used."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +117,8 @@ def load_network(model: ModelName) -> Network:
     ------
     WeightsError
         If a file is missing or is not as this project's wheel recorded it.
+    DeviceError
+        If `AUDIO_ASSETS_DEVICE` is ``cuda`` and ONNX Runtime cannot use a GPU.
     """
     configuration = runpy.run_path(str(_weights_file("configuration.py")))
     variables = read_checkpoint(
@@ -118,9 +128,19 @@ def load_network(model: ModelName) -> Network:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     # The arena would keep the convolutions' outputs of both networks: 35 MB, and no faster.
     options.enable_cpu_mem_arena = False
+    device = get_settings().device
+    providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
+    if device != "cpu" and _CUDA in get_available_providers():
+        # TF32 has too few digits; the exhaustive search takes longer than a file.
+        providers.insert(0, (_CUDA, {"use_tf32": "0", "cudnn_conv_algo_search": "HEURISTIC"}))
     session = InferenceSession(
-        build_model(variables).SerializeToString(), options, providers=["CPUExecutionProvider"]
+        build_model(variables).SerializeToString(), options, providers=providers
     )
+    if device == "cuda" and _CUDA not in session.get_providers():
+        raise DeviceError(
+            "ONNX Runtime finds no GPU that it can use, but AUDIO_ASSETS_DEVICE is cuda: set it to "
+            "auto, or install onnxruntime-gpu in place of onnxruntime"
+        )
     return Network(tuple(configuration[model.replace("musicnn", "LABELS")]), session)
 
 

@@ -11,13 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from onnxruntime import get_available_providers
 
 from audio_assets.audio.decode import decode
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio
 from audio_assets.features import musicnn
 from audio_assets.features.base import Row, check_row
 from audio_assets.features.musicnn import FEATURE_SET
-from audio_assets.features.musicnn_network import WeightsError, load_network, read_checkpoint
+from audio_assets.features.musicnn_network import (
+    DeviceError,
+    WeightsError,
+    load_network,
+    read_checkpoint,
+)
+from audio_assets.settings import get_settings
 
 Extractor = Callable[[Audio], Row]
 
@@ -265,6 +272,27 @@ def test_damaged_weights_are_noticed(weights: Path) -> None:
 
     with pytest.raises(WeightsError, match="damaged: `audio-assets doctor` says how"):
         load_network("MSD_musicnn")
+
+
+@pytest.fixture(params=["auto", "cpu", "cuda"])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("AUDIO_ASSETS_DEVICE", request.param)
+    get_settings.cache_clear()
+    load_network.cache_clear()
+    yield request.param
+    get_settings.cache_clear()
+    load_network.cache_clear()
+
+
+def test_only_a_gpu_that_is_demanded_must_be_there(device: str) -> None:
+    if "CUDAExecutionProvider" in get_available_providers():
+        pytest.skip("ONNX Runtime may find a GPU")
+    if device == "cuda":
+        with pytest.raises(DeviceError, match="finds no GPU that it can use"):
+            load_network("MSD_musicnn")
+    else:
+        providers = load_network("MSD_musicnn").session.get_providers()
+        assert providers == ["CPUExecutionProvider"]
 
 
 def test_the_trained_variables_are_read() -> None:

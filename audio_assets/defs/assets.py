@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 import dagster as dg
 
 from audio_assets.defs.cell_events import StepFailedError, failure, materialization, observation
+from audio_assets.defs.event_log import CellEvent, EventLog
 from audio_assets.defs.library_files import LIBRARY_FILES
 from audio_assets.defs.long_waits import end_long_wait, waited_before_s
 from audio_assets.defs.partitions import (
@@ -93,9 +94,11 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
     ) -> Iterator[None]:
         engine, file_keys = extraction.engine, context.partition_keys
         progress = _Progress(context.log, engine)
+        events = EventLog(context)
         cancellation = _Cancellation(context.instance, context.run.run_id)
 
         def check() -> None:
+            events.flush()
             cancellation.check()
             end_long_wait(context.instance, context.run, engine)
 
@@ -108,7 +111,7 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
                 waited_before_s=waited_before_s(context.run),
             )
             for outcome in engine.drive(feature_set.name, hold_s=policy.time_left, check=check):
-                context.log_event(_event(outcome))
+                events.add(_event(outcome))
                 progress.show()
         except (DeferredError, dg.Failure):
             raise
@@ -121,6 +124,8 @@ def build_feature_asset(feature_set: FeatureSet) -> dg.AssetsDefinition:
             raise StepFailedError(
                 f"Given up after {failing_s:.0f} s of retries: {error}"
             ) from error
+        finally:
+            events.flush()
         if failed := engine.failed(feature_set.name):
             raise failure(failed, len(file_keys))
         yield from ()
@@ -139,7 +144,7 @@ def _feature_sets_of(context: dg.AssetExecutionContext) -> list[FeatureSet]:
     ]
 
 
-def _event(outcome: CellOutcome) -> dg.AssetMaterialization | dg.AssetObservation:
+def _event(outcome: CellOutcome) -> CellEvent:
     key = asset_key(outcome.feature_set)
     if outcome.status is CellStatus.FAILED:
         return observation(key, outcome)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
-import soxr
 
 from audio_assets.cli.sample_library import make_sample_library
 from benchmarks.measure import PROJECT
@@ -34,7 +33,6 @@ class Sampling(NamedTuple):
 
 
 FULL_RATE = Sampling(44100, 2)
-HALF_RATE = Sampling(22050, 1)
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Source:
     Parameters
     ----------
     kind : str
-        ``library``, ``recordings`` or ``sample library``, and what was done to it.
+        ``library``, ``recordings`` or ``sample library``.
     files : sequence of Path
         What libsndfile reads of them.
     sampling : Sampling, optional
@@ -69,8 +67,7 @@ def find_source(scratch: Path, sampling: Sampling | None = None) -> Source:
     scratch : Path
         Where the sample library is made.
     sampling : Sampling, optional
-        Take only files that have it. Where there are none with HALF_RATE, those with FULL_RATE
-        will be converted.
+        Take only files that have it.
     """
     shared = PROJECT.parent / "shared" / "audio"
     for kind, directory in (
@@ -90,9 +87,6 @@ def find_source(scratch: Path, sampling: Sampling | None = None) -> Source:
                 return Source(kind, files, sampling)
             if kind == "library":
                 break
-    if sampling == HALF_RATE:
-        full = find_source(scratch, FULL_RATE)
-        return Source(f"{full.kind}, downmixed and resampled by soxr", full.files, sampling)
     directory = scratch / "sample_library"
     faulty = {track.path for track in make_sample_library(directory) if track.fault}
     files = [path for path, its in _readable(directory).items() if sampling in (None, its)]
@@ -146,9 +140,6 @@ def make_library(
         recording = source.files[number % len(source.files)]
         samples, rate = soundfile.read(recording, dtype="float32", always_2d=True)
         samples = samples[:, :2]
-        if source.sampling == HALF_RATE and (rate, samples.shape[1]) != HALF_RATE:
-            mono = samples.mean(axis=1, keepdims=True)
-            samples, rate = soxr.resample(mono, rate, HALF_RATE.sample_rate), HALF_RATE.sample_rate
         wanted = round(seconds * rate)
         start = rng.randrange(max(len(samples) - wanted, 1))
         samples = np.resize(samples[start:], (wanted, samples.shape[1])) * rng.uniform(0.5, 0.99)

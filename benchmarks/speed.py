@@ -1,4 +1,4 @@
-"""What the project costs beside its bare algorithms, Essentia's MusicExtractor and plain Dagster.
+"""What the project costs beside its bare algorithms, other extractors and plain Dagster.
 
 python -m benchmarks.speed [--quick] [--minutes M] [--tiny-files N ...] [--results DIRECTORY]
 """
@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from audio_assets.features import FEATURE_SETS
 from audio_assets.settings import AudioAssetsSettings
 from benchmarks.corpus import (
     FULL_RATE,
-    HALF_RATE,
     find_source,
     make_library,
     make_tiny_library,
@@ -32,7 +32,8 @@ from benchmarks.measure import (
     run_tree,
     write_results,
 )
-from benchmarks.speed_systems import CANNED, FEATURE_SETS_WANTED, REPORT
+from benchmarks.report import CONTESTANTS
+from benchmarks.speed_systems import CANNED, FEATURE_SETS_WANTED, PEERS, REPORT
 
 QUICK_SETS = ("metadata", "rhythm", "musicnn")
 TINY_SETS = ("key", "loudness")
@@ -89,23 +90,19 @@ def compare(
     minutes: float,
     seconds: float,
     plain_files: int,
-    quick: bool = False,
 ) -> dict[str, Any]:
     """Compare the systems on tracks of usual length, with and without MusiCNN."""
     count = max(round(minutes * 60 / seconds), 2)
     found: dict[str, Any] = {"files": count, "seconds_per_file": seconds, "ratios": {}}
     without = [name for name in feature_sets if name != "musicnn"]
     few = min(count, WITHOUT_FILES)
-    full, half = find_source(scratch, FULL_RATE), find_source(scratch, HALF_RATE)
-    tracks = make_library(full, scratch / "full rate", files=count, seconds=seconds, seed=1)
-    half_tracks = make_library(half, scratch / "half rate", files=few, seconds=seconds, seed=1)
-    for name, sets, source, files, systems in (
-        ("with_musicnn", feature_sets, full, tracks, ("bare", "project", "plain")),
-        ("without_musicnn", without, full, tracks[:few], ("bare", "project", "essentia", "plain")),
-        ("without_musicnn_22050_mono", without, half, half_tracks, ("bare", "project", "essentia")),
+    source = find_source(scratch, FULL_RATE)
+    tracks = make_library(source, scratch / "tracks", files=count, seconds=seconds, seed=1)
+    peers = [system for system, module in PEERS.items() if find_spec(module)]
+    for name, sets, files, systems in (
+        ("with_musicnn", feature_sets, tracks, ["bare", "project", "plain"]),
+        ("without_musicnn", without, tracks[:few], ["bare", "project", *peers, "plain"]),
     ):
-        if quick and name == "without_musicnn":
-            continue  # nothing that the others do not run
         found[name] = {"source": source.about()}
         for system in systems:
             some = files[:plain_files] if system == "plain" else files
@@ -138,9 +135,10 @@ def _ratios(systems: Mapping[str, Any], which: str) -> dict[str, float]:
         / bare["cpu_s"],
         "project over bare, wall": project["wall_s"] / bare["wall_s"],
     }
-    if essentia := systems.get("essentia"):
-        ratios["MusicExtractor over project, CPU"] = essentia["cpu_s"] / project["cpu_s"]
-        ratios["MusicExtractor over project, wall"] = essentia["wall_s"] / project["wall_s"]
+    for system in PEERS.keys() & systems.keys():
+        peer, label = systems[system], CONTESTANTS[system]
+        ratios[f"{label} over project, CPU"] = peer["cpu_s"] / project["cpu_s"]
+        ratios[f"{label} over project, wall"] = peer["wall_s"] / project["wall_s"]
     if plain := systems.get("plain"):
         ratios["plain over project, wall"] = project["audio_s_per_s"] / plain["audio_s_per_s"]
     return {f"{which}: {name}": value for name, value in ratios.items()}
@@ -240,7 +238,6 @@ def main() -> None:
                             minutes=0.1,
                             seconds=3.0,
                             plain_files=1,
-                            quick=True,
                         )
                         if arguments.quick
                         else compare(

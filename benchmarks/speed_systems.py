@@ -1,6 +1,6 @@
 """The systems that `benchmarks.speed` compares, each run as a process of its own.
 
-    python -m benchmarks.speed_systems bare|essentia|project|plain LIBRARY
+    python -m benchmarks.speed_systems bare|project|plain|essentia|mixxx|sonara LIBRARY
 
 Each writes what it knows of its own time to the file that `REPORT` names; its CPU time as a whole
 is measured from outside. Nothing heavy is imported at the top: workers run this module again.
@@ -23,12 +23,17 @@ CANNED = "AUDIO_ASSETS_BENCHMARK_CANNED"
 """Environment variable: JSON of rows that feature sets return in place of analysing anything."""
 
 
+PEERS = {"essentia": "essentia.standard", "mixxx": "mixxx_analyzer", "sonara": "sonara"}
+"""Extractors of others, and their modules."""
+
+
 def main() -> None:
     system, library = sys.argv[1:]
     keep_wanted()
-    {"bare": _run_bare, "essentia": _run_essentia, "project": _run_project, "plain": _run_plain}[
-        system
-    ](library)
+    if system in PEERS:
+        _run_peer(system, library)
+    else:
+        {"bare": _run_bare, "project": _run_project, "plain": _run_plain}[system](library)
 
 
 def keep_wanted() -> None:
@@ -87,7 +92,7 @@ def _summed(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return dict(total)
 
 
-# Bare algorithms, and Essentia's own extractor, in a process pool
+# Bare algorithms, and other extractors, in a process pool
 
 
 def extract_all(path: Path) -> dict[str, float]:
@@ -133,13 +138,28 @@ def music_extractor(path: Path) -> None:
     essentia.standard.MusicExtractor()(str(path))
 
 
-def _run_essentia(library: str) -> None:
+def mixxx_analyzer(path: Path) -> None:
+    """Run Mixxx's analyzer: tempo, beat grid, key and loudness."""
+    import mixxx_analyzer
+
+    mixxx_analyzer.analyze(str(path))
+
+
+def sonara(path: Path) -> None:
+    """Run sonara with all of its features, at 22.05 kHz."""
+    import sonara
+
+    sonara.analyze_file(str(path))
+
+
+def _run_peer(system: str, library: str) -> None:
     import multiprocessing
+    from importlib import import_module
 
-    import essentia.standard  # noqa: F401 - before the fork
-
+    import_module(PEERS[system])  # before the fork
+    extract = {"essentia": music_extractor, "mixxx": mixxx_analyzer, "sonara": sonara}[system]
     with multiprocessing.get_context("fork").Pool(_workers()) as pool:
-        pool.map(music_extractor, _files(library), chunksize=1)
+        pool.map(extract, _files(library), chunksize=1)
         pool.close()
         pool.join()
     _report({})

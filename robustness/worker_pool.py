@@ -231,6 +231,16 @@ class WorkerPool:
         return min(self._idle_tasks, self._size)
 
     @property
+    def size(self) -> int:
+        """Number of workers that compute, with those given up."""
+        return self._size
+
+    @property
+    def given_up(self) -> int:
+        """Number of workers given up for now, as memory is short."""
+        return self._shed
+
+    @property
     def worker_pids(self) -> list[int]:
         """Process ids of the workers there are now."""
         with self._changed:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import psutil
@@ -122,12 +123,16 @@ class Measurement:
         the end.
     worker_pid : int
         Process id of the worker.
+    core_wait_seconds : float
+        Part of the time in which the worker could have gone on, and no core was free; 0 if the
+        worker died, or the kernel does not count it.
     """
 
     seconds: float
     stage_seconds: Mapping[str, float]
     peak_memory_mib: float
     worker_pid: int
+    core_wait_seconds: float = 0.0
 
 
 class WorkerFuture(Future[T]):
@@ -199,6 +204,7 @@ class Progress:
         self.memory_mib = 0.0
         self._peak_mib = 0.0
         self._cpu_seconds = 0.0
+        self._core_wait_before = _core_wait_seconds(worker_pid)
         self._busy_at = self._cpu_seen_at = self._started
 
     def enter(self, stage: str) -> None:
@@ -251,5 +257,19 @@ class Progress:
     def measurement(self) -> Measurement:
         """Return what the task took, now that it has ended."""
         self._leave_stage()
-        seconds = self._entered - self._started
-        return Measurement(seconds, self._stage_seconds, self._peak_mib, self.worker_pid)
+        core_wait = max(_core_wait_seconds(self.worker_pid) - self._core_wait_before, 0.0)
+        return Measurement(
+            seconds=self._entered - self._started,
+            stage_seconds=self._stage_seconds,
+            peak_memory_mib=self._peak_mib,
+            worker_pid=self.worker_pid,
+            core_wait_seconds=core_wait,
+        )
+
+
+def _core_wait_seconds(pid: int) -> float:
+    """Return for how long a process has been ready to run without a core, since its start."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return 0.0

@@ -115,6 +115,20 @@ def test_tables_hold_no_nan_or_infinity(analysed: tuple[Home, str]) -> None:
             assert not re.search(r"\b(nan|inf)\b", repr(table)), name
 
 
+def test_the_time_of_the_workers_is_explained(analysed: tuple[Home, str]) -> None:
+    home, _ = analysed
+    explained = json.loads(home.cli("explain", "--json").stdout)
+    uses = {use["use"]: use for use in explained["time"]}
+    assert explained["bottleneck"] == explained["time"][0]["use"]
+    assert sum(use["share"] for use in uses.values()) == pytest.approx(1)
+    for name in ("computing", "decoding", "reading", "events", "publishing"):
+        assert uses[name]["seconds"] > 0, name
+    run_id = explained["run_id"]
+    assert f"Run {run_id}" in home.cli("explain", run_id[:8]).stdout
+    refused = home.cli("explain", "no run")
+    assert (refused.returncode, refused.stdout) == (ExitCode.USAGE, "No run begins with no run.\n")
+
+
 def test_summary_names_tracks_failures_and_what_to_do_next(analysed: tuple[Home, str]) -> None:
     _, printed = analysed
     assert "Failed cells" in printed

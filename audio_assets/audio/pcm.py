@@ -65,6 +65,11 @@ class SourceInfo:
     damage: str | None = None
     louder_channel: int | None = None
 
+    @property
+    def decoded_by(self) -> str:
+        """What decoding took its time for: decoder, codec, sample rate (Hz) and channels."""
+        return f"{self.decoder} {self.codec} {self.sample_rate} {self.channels}"
+
 
 class Audio:
     """The decoded audio of a file, or of a part of it, read from a memory-mapped array.

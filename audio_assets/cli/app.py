@@ -11,7 +11,17 @@ from typing import Annotated
 import typer
 from typer.core import TyperCommand
 
-from audio_assets.cli import breakers, export, health, home, quarantine, results, runs, serve
+from audio_assets.cli import (
+    breakers,
+    explain,
+    export,
+    health,
+    home,
+    quarantine,
+    results,
+    runs,
+    serve,
+)
 from audio_assets.cli.doctor import CheckError
 from audio_assets.cli.endings import EXIT_CODES, ExitCode, UserError
 from audio_assets.cli.printing import AsCsv, AsJson, console, print_table, set_up_output
@@ -125,6 +135,7 @@ for command in (
     export.export,
     results.status,
     health.health,
+    explain.explain,
     health.daemon,
     serve.serve,
     results.publish,

@@ -11,7 +11,7 @@ from pydantic import Field, PrivateAttr
 
 from audio_assets.defs.long_waits import result_tags
 from audio_assets.defs.machine_slot import machine_slot
-from audio_assets.defs.run_records import record_start
+from audio_assets.defs.run_records import record_start, record_worker_time
 from audio_assets.extraction.engine import Engine
 from audio_assets.extraction.scratch import Scratch
 from audio_assets.library.roots import library_roots
@@ -65,12 +65,14 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             library = Library(library_roots())
             self._engine = Engine(run_id, library, landing, pool, scratch)
             with _unless_unreachable(context.log, "The run's start"):
-                record_start(context.run, landing)
+                record_start(context.run, self.workers, landing)
             try:
                 yield self
             finally:
                 pool.kill()  # a cancelled run leaves workers running
                 end_activity(run_id)
+                with _unless_unreachable(context.log, "What the workers' time went to"):
+                    record_worker_time(context.run, self._engine.worker_time, landing)
                 with _unless_unreachable(context.log, "The run's result"):
                     context.instance.add_run_tags(run_id, result_tags(self._engine))
 

@@ -1,5 +1,7 @@
 """Records of runs: start, end and status, for the table ``robustness.runs``."""
 
+import socket
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -12,11 +14,39 @@ from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import RUNS
 
 
-def record_start(run: dg.DagsterRun, landing: Landing) -> None:
-    """Write to the landing that a run has started."""
-    now = datetime.now(UTC)
-    row = {"run_id": run.run_id, "job_name": run.job_name, "started_at": now, "status": "started"}
-    landing.append(RUNS.landing_name, [row])
+def record_start(run: dg.DagsterRun, workers: int, landing: Landing) -> None:
+    """Write to the landing that a run has started here, with so many workers."""
+    _record(
+        landing,
+        run.run_id,
+        job_name=run.job_name,
+        started_at=datetime.now(UTC),
+        status="started",
+        host=socket.gethostname(),
+        workers=workers,
+    )
+
+
+def record_worker_time(run: dg.DagsterRun, seconds: Mapping[str, float], landing: Landing) -> None:
+    """Write to the landing what the time of a run's workers went to.
+
+    Parameters
+    ----------
+    run : DagsterRun
+        The run, whose start was recorded.
+    seconds : mapping of str to float
+        Time (s) by the columns of `WORKER_TIME`.
+    landing : Landing
+        Where the row is written.
+    """
+    _record(landing, run.run_id, **seconds)
+
+
+def _record(landing: Landing, run_id: str, **values: object) -> None:
+    """Write a run's row with some values in place of what it had."""
+    known = landing.latest(RUNS.landing_name, where=("run_id", [run_id]))
+    row = known[0] if known else {"run_id": run_id}
+    landing.append(RUNS.landing_name, [{**row, **values}])
 
 
 def record_run(instance: dg.DagsterInstance, run_id: str, landing: Landing) -> None:
@@ -34,18 +64,14 @@ def record_run(instance: dg.DagsterInstance, run_id: str, landing: Landing) -> N
     record = instance.get_run_record_by_id(run_id)
     if record is None:
         return
-    landing.append(
-        RUNS.landing_name,
-        [
-            {
-                "run_id": run_id,
-                "job_name": record.dagster_run.job_name,
-                "started_at": _time(record.start_time),
-                "ended_at": _time(record.end_time),
-                "status": record.dagster_run.status.value.lower(),
-                "recorded_at": datetime.now(UTC),
-            }
-        ],
+    _record(
+        landing,
+        run_id,
+        job_name=record.dagster_run.job_name,
+        started_at=_time(record.start_time),
+        ended_at=_time(record.end_time),
+        status=record.dagster_run.status.value.lower(),
+        recorded_at=datetime.now(UTC),
     )
 
 

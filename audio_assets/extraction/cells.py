@@ -15,6 +15,7 @@ from audio_assets.library.file_keys import decode_key
 from audio_assets.library.files import FileStamp, Identity
 from robustness.error_classifier import ErrorInfo, RecoveryStrategy
 from robustness.smart_retry import RetryStrategy
+from robustness.worker_pool import Measurement
 
 
 class CellStatus(StrEnum):
@@ -268,8 +269,8 @@ class FileWork:
         Stages that are running.
     source : SourceInfo or None
         Properties of its audio, once it is decoded.
-    decode_s : float
-        Time taken by decoding, not yet part of an attempt's record (s).
+    decoded_in : Measurement or None
+        What decoding took, until it is part of an attempt's record.
     block_s : float or None
         Block length (s) with which a stage stayed within its memory.
     changes : int
@@ -284,7 +285,7 @@ class FileWork:
     is_planned: bool = False
     running: int = 0
     source: SourceInfo | None = None
-    decode_s: float = 0.0
+    decoded_in: Measurement | None = None
     block_s: float | None = None
     changes: int = 0
 
@@ -299,7 +300,7 @@ class FileWork:
             for follower in list(cell.followers):
                 follower.cells[cell.operation].follow_nobody()
         self.is_planned = False
-        self.source, self.decode_s, self.block_s = None, 0.0, None
+        self.source, self.decoded_in, self.block_s = None, None, None
         self.identify = Stage(self, IDENTIFY)
         self.duration = Stage(self, "duration")
         self.decode = Stage(self, DECODE)

@@ -11,7 +11,7 @@ from typing import cast
 from audio_assets.audio.decode import Limits
 from audio_assets.audio.pcm import SourceInfo
 from audio_assets.extraction.cells import Cell, FileWork, Stage, StageState
-from audio_assets.extraction.recovery import DECODE, IDENTIFY
+from audio_assets.extraction.recovery import DECODE, EXTRACT, IDENTIFY
 from audio_assets.extraction.results import Attempt
 from audio_assets.extraction.scratch import Scratch
 from audio_assets.extraction.worker import (
@@ -22,12 +22,16 @@ from audio_assets.extraction.worker import (
     identify,
     read_duration,
 )
+from audio_assets.extraction.worker_time import WorkerTime
 from audio_assets.features.base import Row
 from audio_assets.library.scan import Library
 from audio_assets.settings import get_settings
 from robustness.adaptive_timeout import TimeoutDecision, get_timeout_manager
 from robustness.circuit_breaker import CircuitBreakerOpenError, Permit, get_circuit_breaker
 from robustness.worker_pool import WorkerFuture, WorkerPool, WorkerTask
+
+_TIME_OF = {DECODE: "decoding_s", EXTRACT: "computing_s"}
+"""What a worker's time in a stage counts as; in any other it reads."""
 
 
 class Dispatcher:
@@ -50,6 +54,8 @@ class Dispatcher:
     ----------
     ends : SimpleQueue of Attempt or (Stage, CircuitBreakerOpenError)
         Attempts that have ended, and stages refused by their breaker.
+    worker_time : WorkerTime
+        What the workers' time goes to.
     """
 
     def __init__(self, library: Library, pool: WorkerPool, scratch: Scratch) -> None:
@@ -66,6 +72,7 @@ class Dispatcher:
         self.ends: queue.SimpleQueue[Attempt | tuple[Stage, CircuitBreakerOpenError]] = (
             queue.SimpleQueue()
         )
+        self.worker_time = WorkerTime(pool)
         # The lock guards all of the following. Files keep their order.
         self._lock = threading.Lock()
         self._unidentified: dict[FileWork, None] = {}
@@ -215,6 +222,7 @@ class Dispatcher:
         stage.state, stage.deferral = StageState.RUNNING, None
         stage.file.running += 1
         self._running.add(attempt)
+        self.worker_time.task_begins(alone=stage.options.alone)
         self._last_file[pid] = stage.file
         task.future.add_done_callback(partial(self._ended, attempt))
         return task
@@ -245,6 +253,11 @@ class Dispatcher:
         """Update what the choice of the next stage depends on, and pass the attempt on."""
         attempt.finished = time.monotonic()
         stage = attempt.stage
+        self.worker_time.task_ends(
+            _TIME_OF.get(stage.kind, "reading_s"),
+            attempt.finished - attempt.submitted,
+            attempt.measurement.core_wait_seconds,
+        )
         with self._lock:
             self._running.discard(attempt)
             stage.file.running -= 1

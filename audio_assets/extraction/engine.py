@@ -261,7 +261,14 @@ class Engine:
         Exception
             If something failed that belongs to no file; the next call yields what is durable.
         """
-        hold_until = time.monotonic() + hold_s
+        with self._dispatcher.worker_time.waiting_for("planning_s"):
+            yield from self._drive(feature_set, time.monotonic() + hold_s, check)
+        if not any(self._unreported.values()):
+            self._dispatcher.worker_time.wait_for("publishing_s")
+
+    def _drive(
+        self, feature_set: str, hold_until: float, check: Callable[[], None]
+    ) -> Iterator[CellOutcome]:
         if not self._outbox.error:
             yield from self._report()  # what an earlier call could not report
         while self._unreported[feature_set]:
@@ -313,6 +320,11 @@ class Engine:
             cells=sum(map(len, self._unreported.values())),
             feature_sets=open_sets,
         )
+
+    @property
+    def worker_time(self) -> dict[str, float]:
+        """What the workers' time went to so far (s), by the columns of `WORKER_TIME`."""
+        return self._dispatcher.worker_time.so_far()
 
     def end_deferred(self) -> None:
         """Declare that another run continues the open cells."""
@@ -382,7 +394,8 @@ class Engine:
     def _process_end(self, seconds: float) -> bool:
         """Process the next end of an attempt; return False if there is none within the time."""
         try:
-            end = self._dispatcher.ends.get(timeout=seconds)
+            with self._dispatcher.worker_time.waiting_for("idle_s"):
+                end = self._dispatcher.ends.get(timeout=seconds)
         except queue.Empty:
             return False
         if isinstance(end, Attempt):
@@ -401,11 +414,15 @@ class Engine:
 
     def _report(self) -> Iterator[CellOutcome]:
         """Write the rows, then yield their outcomes."""
-        for outcome in self._outbox.flush():
-            yield outcome
-            self._failing_since.clear()
-            self._reported(outcome)
-            self._advance()  # reporting a cell takes a while
+        time_of = self._dispatcher.worker_time
+        with time_of.waiting_for("publishing_s"):
+            for outcome in self._outbox.flush():
+                with time_of.waiting_for("events_s"):
+                    yield outcome
+                with time_of.waiting_for("planning_s"):
+                    self._failing_since.clear()
+                    self._reported(outcome)
+                    self._advance()  # reporting a cell takes a while
 
     def _reported(self, outcome: CellOutcome) -> None:
         self._cell_at = time.time()
@@ -563,7 +580,7 @@ class Engine:
             self._results.computed(attempt, stage, cast("CellResult", result))
             stage.end_followers()
         elif stage.kind == DECODE:
-            file.decode_s = attempt.measurement.seconds
+            file.decoded_in = attempt.measurement
         elif stage.kind == IDENTIFY:
             self._identified_as(file, *cast("tuple[Identity, FileStamp]", result))
         elif file.identity:

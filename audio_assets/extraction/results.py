@@ -206,12 +206,12 @@ class Results:
     ) -> None:
         """Add the record of an attempt to extract a cell, or to decode audio for it."""
         file, measurement = cell.file, attempt.measurement
-        duration_s, decode_s = measurement.seconds, 0.0
+        duration_s, decoding = measurement.seconds, None
         if attempt.stage.kind == DECODE:
-            decode_s = duration_s
-        elif cell.feature_set.reads != "file":
-            decode_s, file.decode_s = file.decode_s, 0.0
-            duration_s += decode_s
+            decoding = measurement
+        elif cell.feature_set.reads != "file" and file.decoded_in:
+            decoding, file.decoded_in = file.decoded_in, None
+            duration_s += decoding.seconds
         elapsed = attempt.finished - attempt.submitted
         started_at = datetime.now(UTC) - timedelta(
             seconds=time.monotonic() - attempt.finished + duration_s
@@ -223,6 +223,8 @@ class Results:
             "retry_strategy": attempt.deferral and attempt.deferral.strategy.value,
             "retry_delay_s": attempt.deferral and attempt.submitted - attempt.deferral.since,
             "extractor": extractor,
+            "code_version": cell.feature_set.code_version,
+            "decoder": file.source and file.source.decoded_by,
             "timeout_s": attempt.timeout_s,
             "timeout_source": attempt.decision.source,
             "timeout_rate": attempt.decision.quantile_rate,
@@ -230,7 +232,9 @@ class Results:
             "timeout_multiplier": attempt.decision.multiplier
             * attempt.stage.options.timeout_factor,
             "duration_s": duration_s,
-            "decode_s": decode_s or None,
+            "decode_s": decoding and decoding.seconds,
+            "core_wait_s": 0.0 if decoding is measurement else measurement.core_wait_seconds,
+            "decode_core_wait_s": decoding and decoding.core_wait_seconds,
             "audio_s": file.length_s,
             "queue_s": max(elapsed - measurement.seconds, 0.0),
             "peak_memory_mib": measurement.peak_memory_mib,

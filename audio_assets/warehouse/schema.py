@@ -158,6 +158,13 @@ ATTEMPTS = Table(
         ),
         Column("retry_delay_s", "DOUBLE", "Wait before this attempt", "s"),
         Column("extractor", "VARCHAR", "Library that ran"),
+        Column("code_version", "VARCHAR", "Code version of the feature set"),
+        Column(
+            "decoder",
+            "VARCHAR",
+            "Decoder that ran, and codec, sample rate (Hz) and channels of what it decoded, as in "
+            "av mp3 44100 2; NULL if the file was not decoded",
+        ),
         Column("timeout_s", "DOUBLE", "Timeout given", "s"),
         Column("timeout_source", "VARCHAR", "base (the fixed table) or learned"),
         Column(
@@ -170,6 +177,8 @@ ATTEMPTS = Table(
         Column("timeout_multiplier", "DOUBLE", "Factor put on it for load, memory and failures"),
         Column("duration_s", "DOUBLE", "Time of the attempt in its worker", "s"),
         Column("decode_s", "DOUBLE", "Part of it spent decoding", "s"),
+        Column("core_wait_s", "DOUBLE", "Part of it without a free core; not of decoding", "s"),
+        Column("decode_core_wait_s", "DOUBLE", "Part of decoding without a free core", "s"),
         Column("audio_s", "DOUBLE", "Duration of the audio analysed", "s"),
         Column("queue_s", "DOUBLE", "Wait for a worker", "s"),
         Column("peak_memory_mib", "DOUBLE", "Peak memory of the worker", "MiB"),
@@ -184,6 +193,19 @@ ATTEMPTS = Table(
     key=(ROW_ID,),
 )
 
+WORKER_TIME = (
+    Column("computing_s", "DOUBLE", "Workers computed features", "s"),
+    Column("decoding_s", "DOUBLE", "Workers decoded", "s"),
+    Column("reading_s", "DOUBLE", "Workers read files and hashed them", "s"),
+    Column("core_wait_s", "DOUBLE", "Workers had a task, and waited for a free core", "s"),
+    Column("memory_wait_s", "DOUBLE", "Workers were given up, as memory was short", "s"),
+    Column("events_s", "DOUBLE", "Workers waited for Dagster: its events and its steps", "s"),
+    Column("publishing_s", "DOUBLE", "Workers waited for rows to be written or published", "s"),
+    Column("planning_s", "DOUBLE", "Workers waited for the next stages to be planned", "s"),
+    Column("idle_s", "DOUBLE", "Workers had nothing to do, or started", "s"),
+)
+"""What the time of a run's workers went to; together their number times the run's time."""
+
 RUNS = Table(
     "robustness",
     "runs",
@@ -195,6 +217,9 @@ RUNS = Table(
         Column("ended_at", "TIMESTAMPTZ", "When it ended; NULL while it runs"),
         Column("status", "VARCHAR", "Dagster's run status, lower case"),
         Column("recorded_at", "TIMESTAMPTZ", "When its end was recorded; NULL while it runs"),
+        Column("host", "VARCHAR", "Host of its workers"),
+        Column("workers", "INTEGER", "Number of its workers"),
+        *WORKER_TIME,
     ),
     key=("run_id",),
     computed=(

@@ -54,6 +54,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Home:
         (["query", "FROM features.tracks"], 0, {"sqlalchemy"}),
         (["status"], 0, set()),
         (["health"], 1, {"yaml"}),
+        (["explain"], 2, {"sqlalchemy"}),
     ],
 )
 def test_a_command_imports_only_what_it_needs(

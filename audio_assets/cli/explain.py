@@ -1,0 +1,50 @@
+"""The command that explains a run."""
+
+from typing import Annotated
+
+import typer
+
+from audio_assets.cli.endings import ExitCode, UserError
+from audio_assets.cli.printing import (
+    AsCsv,
+    AsJson,
+    console,
+    print_json,
+    print_table,
+    records,
+    shown_time,
+)
+
+COLUMNS = ("use", "seconds", "share", "meaning")
+
+Run = Annotated[str, typer.Argument(help="ID of a run, or its beginning; by default the last run.")]
+
+
+def explain(run: Run = "", as_csv: AsCsv = False, as_json: AsJson = False) -> None:
+    """Explain what the time of a run's workers went to, and what would make it faster."""
+    from audio_assets.monitoring import performance
+    from audio_assets.settings import get_settings
+    from audio_assets.warehouse.queries import QueryError
+
+    try:
+        found = performance.explain(get_settings().warehouse, run)
+    except performance.NoRunError as error:
+        raise UserError(str(error)) from None
+    except QueryError as error:
+        raise UserError(str(error), ExitCode.FAILED) from None
+    rows = [(use.name, use.seconds, use.share, use.description) for use in found.uses]
+    if as_json:
+        head = {
+            "run_id": found.run_id,
+            "started_at": found.started_at,
+            "host": found.host,
+            "workers": found.workers,
+            "bottleneck": found.uses[0].name,
+            "advice": found.advice,
+        }
+        print_json(head | {"time": records(COLUMNS, rows)})
+        return
+    title = f"Run {found.run_id} of {shown_time(found.started_at)}, {found.workers} workers"
+    print_table(COLUMNS, rows, f"{title} on {found.host}", as_csv=as_csv)
+    if not as_csv:
+        console.print(f"\nMost went to {found.uses[0].name}. {found.advice}", highlight=False)

@@ -272,7 +272,8 @@ class Engine:
         if not self._outbox.error:
             yield from self._report()  # what an earlier call could not report
         while self._unreported[feature_set]:
-            check()
+            with self._dispatcher.worker_time.waiting_for("events_s"):
+                check()
             self._advance()
             if self._should_report(feature_set):
                 yield from self._report()

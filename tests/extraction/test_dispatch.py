@@ -26,6 +26,8 @@ SETS = [faults.feature_set(name, faults.sound) for name in ("one", "two")]
 class IdlePool:
     """Workers that take a task when the test says so."""
 
+    size, given_up = 2, 0
+
     def __init__(self) -> None:
         self.tasks: dict[int, WorkerTask] = {}
 

@@ -252,8 +252,9 @@ def compare_section(results: Mapping[str, Any]) -> str:
     parts.append("![CPU time per second of audio](images/benchmark-speed.svg)")
     rows = [(name, f"{ratio:.2f}") for name, ratio in results["ratios"].items()]
     parts.append(table(("ratio", "found"), rows))
-    parts.append(f"CPU time of the project by part, {comparisons(results)[0][0]}:")
-    project, bare = results["with_musicnn"]["project"], results["with_musicnn"]["bare"]
+    what, _, systems = comparisons(results)[0]
+    parts.append(f"CPU time of the project by part, {what}:")
+    project, bare = systems["project"], systems["bare"]
     inner = [
         (name, figure(seconds, " s", 2), figure(bare["parts_cpu_s"].get(name), " s", 2))
         for name, seconds in project["parts_cpu_s"].items()
@@ -380,9 +381,13 @@ def plot(found: Mapping[str, Mapping[str, Any]], images: Path) -> None:
         ]
         heights = [len(bars) for _, bars in parts]
         _, axes = pyplot.subplots(
-            len(parts), figsize=(7, 0.45 * sum(heights) + 1), sharex=True, height_ratios=heights
+            len(parts),
+            figsize=(7, 0.45 * sum(heights) + 1),
+            sharex=True,
+            squeeze=False,
+            height_ratios=heights,
         )
-        for part, (what, bars) in zip(axes, parts, strict=True):
+        for part, (what, bars) in zip(axes[:, 0], parts, strict=True):
             values = [s["cpu_s_per_audio_s"] * 1000 for *_, s in bars]
             colours = [_ACCENT if system == "project" else _INK for _, system, _ in bars]
             drawn = part.barh([label for label, *_ in bars], values, color=colours)

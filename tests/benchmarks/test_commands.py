@@ -48,7 +48,7 @@ def test_damage(results: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # six runs of whole systems, one after the other
+@pytest.mark.timeout(900)  # runs of whole systems, one after the other
 @pytest.mark.parametrize("part", ["compare", "orchestration", "layer"])
 def test_speed(results: Path, part: str) -> None:
     if part == "layer":
@@ -56,12 +56,11 @@ def test_speed(results: Path, part: str) -> None:
     command("speed", "--quick", "--parts", part, "--results", str(results))
     found = json.loads((results / f"speed-{part}.json").read_text())
     if part == "compare":
-        project = found["with_musicnn"]["project"]
-        assert set(project["parts_cpu_s"]) > {"decode", "rhythm", "musicnn"}
+        project = found["without_musicnn"]["project"]
+        assert set(project["parts_cpu_s"]) >= {"decode", "metadata", "rhythm"}
         assert 0 < project["main_cpu_s"] < project["cpu_s"]
-        for name in ("with_musicnn", "without_musicnn"):
-            source = found[name]["source"]
-            assert (source["sample_rate"], source["channels"]) == (44100, 2)
+        source = found["without_musicnn"]["source"]
+        assert (source["sample_rate"], source["channels"]) == (44100, 2)
         name = "44.1 kHz stereo, without MusiCNN: MusicExtractor over project, CPU"
         assert found["ratios"][name] > 0
 
@@ -73,12 +72,9 @@ def test_report_of_all_results(results: Path, tmp_path: Path) -> None:
         pytest.skip("the commands before this one have not all run")
     command("report", "--results", str(results), "--docs", str(tmp_path))
     page = (tmp_path / "benchmarks.md").read_text()
-    for title in (
-        "44.1 kHz stereo, all feature sets",
-        "44.1 kHz stereo, without MusiCNN",
-    ):
-        assert f"| {title} |" in page
-        assert f"| {title}: project over bare, CPU |" in page
+    title = "44.1 kHz stereo, without MusiCNN"
+    assert f"| {title} |" in page
+    assert f"| {title}: project over bare, CPU |" in page
     for picture in ("faults", "speed", "orchestration"):
         assert f"images/benchmark-{picture}.svg" in page
         assert (tmp_path / "images" / f"benchmark-{picture}.svg").stat().st_size > 0

@@ -6,8 +6,6 @@ import typer
 
 from audio_assets.cli.endings import ExitCode, UserError
 from audio_assets.cli.printing import (
-    AsCsv,
-    AsJson,
     console,
     print_json,
     print_table,
@@ -20,7 +18,16 @@ COLUMNS = ("use", "seconds", "share", "meaning")
 Run = Annotated[str, typer.Argument(help="ID of a run, or its beginning; by default the last run.")]
 
 
-def explain(run: Run = "", as_csv: AsCsv = False, as_json: AsJson = False) -> None:
+def explain(
+    run: Run = "",
+    as_csv: Annotated[
+        bool,
+        typer.Option("--csv", help="Print CSV: the tables one after another, an empty line apart."),
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON: an object with a list for each table.")
+    ] = False,
+) -> None:
     """Explain what the time of a run's workers went to, and what would make it faster."""
     from audio_assets.monitoring import performance
     from audio_assets.settings import get_settings
@@ -33,6 +40,7 @@ def explain(run: Run = "", as_csv: AsCsv = False, as_json: AsJson = False) -> No
     except QueryError as error:
         raise UserError(str(error), ExitCode.FAILED) from None
     rows = [(use.name, use.seconds, use.share, use.description) for use in found.uses]
+    sets = found.feature_sets
     if as_json:
         head = {
             "run_id": found.run_id,
@@ -42,9 +50,13 @@ def explain(run: Run = "", as_csv: AsCsv = False, as_json: AsJson = False) -> No
             "bottleneck": found.uses[0].name,
             "advice": found.advice,
         }
-        print_json(head | {"time": records(COLUMNS, rows)})
+        lists = {"time": records(COLUMNS, rows), "feature_sets": records(sets.columns, sets.rows)}
+        print_json(head | lists)
         return
     title = f"Run {found.run_id} of {shown_time(found.started_at)}, {found.workers} workers"
     print_table(COLUMNS, rows, f"{title} on {found.host}", as_csv=as_csv)
+    if as_csv:
+        console.print()
+    print_table(sets.columns, sets.rows, "Feature sets, and decoding", as_csv=as_csv)
     if not as_csv:
         console.print(f"\nMost went to {found.uses[0].name}. {found.advice}", highlight=False)

@@ -1,4 +1,4 @@
-"""Asset checks of the published tables, of their rows and values, and of the success rate."""
+"""Asset checks of the published tables, their rows and values, the success rate and the speed."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,7 +20,8 @@ from audio_assets.defs.robustness_tables import (
 )
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
-from audio_assets.library.text import plain_markdown
+from audio_assets.library.text import four_digits, plain_markdown
+from audio_assets.monitoring.performance import SLOWDOWN, baselines, trends
 from audio_assets.monitoring.results import MAX_LAG, MIN_SUCCESS_RATE
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
@@ -33,6 +34,7 @@ from audio_assets.warehouse.schema import RUNS, Table, feature_table, quoted
 FILES_NAMED = 5
 FINDINGS_SHOWN = 5
 FAILURES_SHOWN = 20
+BASELINES_SHOWN = 50
 
 
 @dataclass
@@ -59,6 +61,12 @@ _SPECS = [
         asset=table_key(RUNS),
         description=f"More than {MIN_SUCCESS_RATE:.0%} of the cells that the last runs tried "
         "succeeded; cells that their file makes impossible do not count",
+    ),
+    dg.AssetCheckSpec(
+        "speed",
+        asset=table_key(RUNS),
+        description="No feature set, and not decoding, takes much more time per second of audio "
+        f"than it did: {SLOWDOWN - 1:.0%} more are found in some dozens of cells",
     ),
     *(
         dg.AssetCheckSpec(name, asset=asset_key(feature_set.name), description=description)
@@ -122,6 +130,8 @@ def _check_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCh
                     result = _check_degraded(connection, feature_set)
                 case "distribution", FeatureSet():
                     result = _check_distribution(connection, feature_set)
+                case "speed", _:
+                    result = _check_speed(connection)
                 case _:
                     result = _check_success_rate(context.instance, connection)
             yield result._replace(asset_key=key.asset_key, check_name=key.name)
@@ -168,6 +178,33 @@ def _check_success_rate(
             if name in figures
         }
         | {f"failed: {file_key}": message or "" for file_key, message in failing},
+    )
+
+
+def _check_speed(connection: DuckDBPyConnection) -> dg.AssetCheckResult:
+    """Tell what got slower, and show the baselines."""
+    slower = [
+        f"{trend.feature_set} takes {trend.slowdown:.2f} times as long as before"
+        + (f" on {trend.host}" if trend.host else "")
+        + f", since {trend.since:%Y-%m-%d %H:%M} UTC"
+        for trend in trends(connection)
+        if trend.is_slower
+    ]
+    usual = [
+        {
+            name: float(four_digits(value)) if isinstance(value, float) else value
+            for name, value in vars(baseline).items()
+        }
+        for baseline in baselines(connection)[-BASELINES_SHOWN:]
+    ]
+    metadata: dict[str, Any] = {"slower": len(slower)}
+    if usual:
+        metadata["baselines"] = dg.MetadataValue.table([dg.TableRecord(row) for row in usual])
+    return dg.AssetCheckResult(
+        passed=not slower,
+        severity=dg.AssetCheckSeverity.WARN,
+        description=plain_markdown("; ".join(slower)) if slower else None,
+        metadata=metadata,
     )
 
 

@@ -17,6 +17,7 @@ from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import (
     ATTEMPTS,
     BREAKER_TRANSITIONS,
+    RUNS,
     Table,
     quoted,
 )
@@ -25,6 +26,7 @@ _NOT_NEEDED = ("message", "severity", "exception_type", "content_hash", "timeout
 
 TABLES = (
     replace(ATTEMPTS, columns=tuple(c for c in ATTEMPTS.columns if c.name not in _NOT_NEEDED)),
+    RUNS,
     BREAKER_TRANSITIONS,
 )
 """The tables that are kept; texts that nothing counts are left out."""

@@ -31,6 +31,7 @@ from audio_assets.monitoring.disks import disks
 from audio_assets.monitoring.findings import Finding, Health, Severity, health_of
 from audio_assets.monitoring.health import CHECKS
 from audio_assets.monitoring.landed import LandedRows
+from audio_assets.monitoring.performance import Trend, trends
 from audio_assets.monitoring.results import (
     DAY_S,
     HOUR_S,
@@ -53,6 +54,9 @@ PREFIX = "audio_assets_"
 SECONDS = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0)
 SPEEDS = (1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0)
 """Upper bounds of buckets."""
+
+TRENDS_S = 300.0
+"""How often it is judged whether something got slower (s): it takes 3 s of a million attempts."""
 
 _MIB = 2**20
 
@@ -99,6 +103,8 @@ class ProductCollector(Collector):
         self._findings = findings
         self._published: tuple[int, _Published] | None = None
         self._done_in_hour = 0
+        self._trends: list[Trend] = []
+        self._trends_due = float("-inf")
 
     def describe(self) -> Iterable[Metric]:
         """Return nothing: to register this must not read anything."""
@@ -209,6 +215,10 @@ class ProductCollector(Collector):
                 if ended.budget_spent is not None:
                     budget.add_metric([window], ended.budget_spent)
             yield budget
+            if time.monotonic() >= self._trends_due:
+                self._trends = trends(connection)
+                self._trends_due = time.monotonic() + TRENDS_S
+            yield from _of_trends(self._trends)
 
     def _of_state(self) -> Iterator[Metric]:
         states = GaugeMetricFamily(
@@ -310,6 +320,22 @@ class ProductCollector(Collector):
                 "When the backlog is done at the rate of the last hour",
                 value=now + backlog / self._done_in_hour * HOUR_S,
             )
+
+
+def _of_trends(trends: Iterable[Trend]) -> Iterator[Metric]:
+    ratio = GaugeMetricFamily(
+        f"{PREFIX}time_to_baseline_ratio",
+        "Time per second of audio of the last cells, to that of the baseline",
+        labels=["feature_set", "host"],
+    )
+    slower = GaugeMetricFamily(
+        f"{PREFIX}slower", "Whether they got slower", labels=["feature_set", "host"]
+    )
+    for trend in trends:
+        labels = [trend.feature_set, printable(trend.host)]
+        ratio.add_metric(labels, trend.ratio)
+        slower.add_metric(labels, trend.is_slower)
+    yield from (ratio, slower)
 
 
 @dataclass(frozen=True)

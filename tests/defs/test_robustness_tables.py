@@ -135,6 +135,22 @@ def test_each_run_is_reported_once_and_the_newest_again_if_asked(
     assert figures(run_stats(instance), "runs")["run_ids"] == "run 3"
 
 
+def test_what_got_slower_warns(instance: dg.DagsterInstance) -> None:
+    def write(cells: int, seconds: float) -> None:
+        rows = [attempt(str(n), run_id="run", duration_s=seconds) for n in range(cells)]
+        open_landing().append("robustness/attempts", rows)
+
+    write(40, seconds=10.0)
+    usual = checks(run_stats(instance))["runs", "speed"]
+    assert usual.passed
+    assert {"slower", "baselines"} == usual.metadata.keys()
+    write(40, seconds=13.5)
+    found = checks(run_stats(instance))["runs", "speed"]
+    assert not found.passed
+    assert found.description is not None
+    assert "rhythm takes 1.35 times as long as before" in found.description
+
+
 def test_low_success_rate_warns_and_names_files(instance: dg.DagsterInstance) -> None:
     write_run("run 1", done=100, failed=0)
     assert checks(run_stats(instance))["runs", "success_rate"].passed

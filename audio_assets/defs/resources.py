@@ -71,6 +71,7 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             finally:
                 pool.kill()  # a cancelled run leaves workers running
                 end_activity(run_id)
+                self._engine.end_trace()
                 with _unless_unreachable(context.log, "What the workers' time went to"):
                     record_worker_time(context.run, self._engine.worker_time, landing)
                 with _unless_unreachable(context.log, "The run's result"):

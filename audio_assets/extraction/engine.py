@@ -19,6 +19,7 @@ from datetime import datetime
 from enum import Enum
 from typing import cast
 
+from audio_assets.extraction import traces
 from audio_assets.extraction.cells import (
     Cell,
     CellOutcome,
@@ -168,6 +169,7 @@ class Engine:
         self._results = Results(run_id, library, self._outbox)
         self._feature_sets: Sequence[FeatureSet] = ()
         self._conditions: dict[str, dict[str, float | str]] = {}
+        self._traces = traces.begin(run_id)
         self._has_begun = False
         self._force = False
         self._ends_deferred = False
@@ -327,6 +329,11 @@ class Engine:
         """What the workers' time went to so far (s), by the columns of `WORKER_TIME`."""
         return self._dispatcher.worker_time.so_far()
 
+    def end_trace(self) -> None:
+        """Send what is left of the run's trace."""
+        if self._traces:
+            self._traces.end()
+
     def end_deferred(self) -> None:
         """Declare that another run continues the open cells."""
         self._ends_deferred = True
@@ -400,6 +407,8 @@ class Engine:
         except queue.Empty:
             return False
         if isinstance(end, Attempt):
+            if self._traces:
+                self._traces.attempt_ended(end)
             self._conclude(end)
         else:
             self._refused(*end)
@@ -427,6 +436,8 @@ class Engine:
 
     def _reported(self, outcome: CellOutcome) -> None:
         self._cell_at = time.time()
+        if self._traces:
+            self._traces.cell_ended(outcome)
         self._unreported[outcome.feature_set].discard(outcome.file_key)
         if outcome.row and (due := outcome.row["retry_after"]):
             self._due[outcome.feature_set] = min(due, self._due.get(outcome.feature_set, due))

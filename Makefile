@@ -66,6 +66,7 @@ bench-faults: $(BENCH) ## What faults cost, beside plain Dagster; LIBRARY as for
 
 bench-speed: $(BENCH) ## What the project costs, beside its bare algorithms and others
 	LIBRARY="$(LIBRARY)" $(VENV)/bin/python -m benchmarks.speed
+	LIBRARY="$(LIBRARY)" $(VENV)/bin/python -m benchmarks.drift
 	$(VENV)/bin/python -m benchmarks.report
 
 bench-accuracy: $(BENCH) ## How right the values are; ANNOTATIONS names a collection of your own

@@ -325,6 +325,40 @@ def layer_section(results: Mapping[str, Any]) -> str:
     )
 
 
+def drift_section(results: Mapping[str, Any]) -> str:
+    """Return the section on what got slower."""
+    quiet, needed = results["quiet_evidence"], results["evidence_needed"]
+    after = results["found_after_cells"]
+    names = sorted({name for run in quiet for name in run})
+    rows = [
+        (
+            name,
+            figure(max(run.get(name, 0.0) for run in quiet)),
+            sum(run.get(name, 0.0) >= needed for run in quiet),
+            after.get(name, "-"),
+        )
+        for name in names
+    ]
+    header = (
+        "",
+        "most evidence in an unchanged run",
+        "unchanged runs that raised it",
+        f"cells until a slowdown of {results['slowdown'] - 1:.0%} was found",
+    )
+    sampling, kind = audio(results["source"])
+    more = f"{results['slowdown'] - 1:.0%}"
+    return "\n\n".join(
+        [
+            "## What got slower",
+            f"`python -m benchmarks.drift`: {len(quiet)} unchanged runs of {results['files']} "
+            f"files, then runs in which every extractor computes {more} longer; "
+            f"decoding is not slowed. It is believed at an evidence of {needed:g}. "
+            f"{about(results)} Audio: {sampling}, from {kind}.",
+            table(header, rows),
+        ]
+    )
+
+
 # Plots
 
 
@@ -420,6 +454,7 @@ SECTIONS = {
     "speed-compare": compare_section,
     "speed-orchestration": orchestration_section,
     "speed-layer": layer_section,
+    "drift": drift_section,
 }
 
 

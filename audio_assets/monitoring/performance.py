@@ -75,7 +75,9 @@ WITH succeeded AS (
     UNION ALL BY NAME
     SELECT
         * EXCLUDE (extractor, code_version)
-        REPLACE ('{DECODING}' AS feature_set, decoding_s AS seconds),
+        REPLACE (
+            '{DECODING}' AS feature_set, decoding_s AS seconds, NULL AS peak_memory_mib
+        ),
         '' AS extractor, '' AS code_version
     FROM succeeded
 ), cells AS (
@@ -146,7 +148,6 @@ SELECT
     min(started_at) FILTER (counts), exp(median(ratio) FILTER (counts))
 FROM since GROUP BY ALL ORDER BY ALL
 """
-
 
 _ADVICE = {
     "computing": "This is as it should be. More cores make it faster, or fewer feature sets: the "

@@ -66,9 +66,16 @@ def test_speed(results: Path, part: str) -> None:
 
 
 @pytest.mark.slow
+def test_drift(results: Path) -> None:
+    command("drift", "--quick", "--results", str(results))
+    found = json.loads((results / "drift.json").read_text())
+    assert (len(found["quiet_evidence"]), found["found_after_cells"]) == (2, {})
+
+
+@pytest.mark.slow
 def test_report_of_all_results(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="the dependency group bench is not installed")
-    if len(list(results.iterdir())) < 5:
+    if len(list(results.iterdir())) < 6:
         pytest.skip("the commands before this one have not all run")
     command("report", "--results", str(results), "--docs", str(tmp_path))
     page = (tmp_path / "benchmarks.md").read_text()

@@ -14,7 +14,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 for any.", min=0, max=65535)] = 3001,
 ) -> None:
-    """Serve health and metrics by HTTP, and tell of incidents."""
+    """Serve pages, health and metrics by HTTP, and tell of incidents."""
     from audio_assets.settings import get_settings
 
     token = get_settings().token
@@ -35,11 +35,15 @@ def serve(
     import uvicorn
 
     from audio_assets.monitoring.service import service
+    from audio_assets.pages import Pages
 
     name, port = listener.getsockname()[:2]
     url = f"http://{f'[{name}]' if ':' in name else name}:{port}"
-    console.print(f"Health on {url}/readyz, metrics on {url}/metrics", highlight=False)
-    config = uvicorn.Config(service(token), log_level="warning", access_log=False)
+    console.print(
+        f"Pages on {url}, health on {url}/readyz, metrics on {url}/metrics",
+        highlight=False,
+    )
+    config = uvicorn.Config(service(Pages(), token), log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
 
 

@@ -1,4 +1,4 @@
-"""What `audio-assets serve` serves: `/livez`, `/readyz` and `/metrics`."""
+"""What `audio-assets serve` serves: `/livez`, `/readyz`, `/metrics`, and pages."""
 
 import hmac
 import logging
@@ -13,10 +13,17 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
-from starlette.routing import Route
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import (
+    HTMLResponse,
+    JSONResponse,
+    PlainTextResponse,
+    RedirectResponse,
+    Response,
+)
+from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from audio_assets.monitoring.alerts import Alerts, command, webhook
 from audio_assets.monitoring.findings import Finding, Health, health_of
@@ -34,6 +41,8 @@ ROUND_S = 10.0
 
 STUCK_S = 60.0
 """Without a round for longer than this the service counts as not alive (s)."""
+
+_COOKIE = "audio_assets"
 
 
 class Watcher:
@@ -82,14 +91,16 @@ class Watcher:
             self._stop.wait(ROUND_S)
 
 
-def service(token: str | None = None) -> Starlette:
+def service(pages: ASGIApp, token: str | None = None) -> Starlette:
     """Return the application.
 
     Parameters
     ----------
+    pages : ASGI application
+        What answers below all other paths.
     token : str, optional
-        What a request must bear, ``Authorization: Bearer <token>``. Without one, only requests to
-        this machine by its own names are answered: a page on the web cannot have a browser ask.
+        What a request must bear: ``Authorization: Bearer <token>``, or the cookie that ``/?token=``
+        gives a browser. Without one, only requests to this machine by its own names are answered.
     """
     settings, store = get_settings(), open_store()
     # A damaged part would be named at each scrape; publishing names it.
@@ -135,6 +146,10 @@ def service(token: str | None = None) -> Starlette:
         yield
         watcher.stop()
 
+    async def root(request: Request) -> Response:
+        """Lead to the first page; relative, as a proxy may put all below a path."""
+        return RedirectResponse("operations/")
+
     guard = (
         Middleware(_BearsToken, token=token)
         if token
@@ -144,26 +159,75 @@ def service(token: str | None = None) -> Starlette:
     )
     return Starlette(
         routes=[
+            Route("/", root),
             Route("/livez", livez),
             Route("/readyz", readyz),
             Route("/metrics", metrics),
+            Mount("/", pages),
         ],
-        middleware=[guard],
+        middleware=[Middleware(_OwnPagesOnly), guard],
         lifespan=lifespan,
     )
 
 
-class _BearsToken:
-    """Answers only requests that bear a token."""
+def _refusal(scope: Scope, status: int, reason: str) -> ASGIApp:
+    if scope["type"] == "websocket":
+        return WebSocketClose(reason=reason)
+    headers = {"WWW-Authenticate": "Bearer"} if status == 401 else None
+    return PlainTextResponse(f"{reason}\n", status, headers)
 
-    def __init__(self, app: ASGIApp, token: str) -> None:
+
+class _OwnPagesOnly:
+    """Refuses what a page of another origin has a browser ask: requests and websockets."""
+
+    def __init__(self, app: ASGIApp) -> None:
         self._app = app
-        self._expected = f"Bearer {token}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         app = self._app
-        if scope["type"] == "http":
-            given = Headers(scope=scope).get("Authorization", "").encode("latin-1")
-            if not hmac.compare_digest(given, self._expected):
-                app = PlainTextResponse("a token is needed\n", 401, {"WWW-Authenticate": "Bearer"})
+        if scope["type"] in ("http", "websocket"):
+            headers = Headers(scope=scope)
+            origin = headers.get("Origin")
+            if origin and origin.partition("://")[2] != headers.get("Host"):
+                app = _refusal(scope, 403, "pages of other origins are not answered")
         await app(scope, receive, send)
+
+
+class _BearsToken:
+    """Answers only requests and websockets that bear a token, or a cookie made of it."""
+
+    def __init__(self, app: ASGIApp, token: str) -> None:
+        self._app = app
+        self._token = token.encode()
+        self._header = f"Bearer {token}".encode()
+        # A cookie cannot hold every character, and browsers keep it.
+        self._cookie = hmac.new(self._token, _COOKIE.encode(), "sha256").hexdigest().encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] in ("http", "websocket"):
+            asked = HTTPConnection(scope)
+            header = asked.headers.get("Authorization", "").encode("latin-1")
+            cookie = asked.cookies.get(_COOKIE, "").encode()
+            given = asked.query_params.get("token", "").encode()
+            if scope["path"] == "/" and hmac.compare_digest(given, self._token):
+                app = self._let_in(secure=scope["scheme"] == "https")
+            elif not (
+                hmac.compare_digest(header, self._header)
+                or hmac.compare_digest(cookie, self._cookie)
+            ):
+                app = _refusal(
+                    scope,
+                    401,
+                    "a token is needed: a browser gives it once, /?token=…, all others with each "
+                    "request, Authorization: Bearer …",
+                )
+        await app(scope, receive, send)
+
+    def _let_in(self, *, secure: bool) -> Response:
+        # No redirect: after one that another site's link began, a browser sends no strict cookie.
+        answer = HTMLResponse('<meta http-equiv="refresh" content="0; url=operations/">')
+        answer.set_cookie(
+            _COOKIE, self._cookie.decode(), httponly=True, samesite="strict", secure=secure
+        )
+        return answer

@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+from websockets.exceptions import InvalidStatus
+from websockets.sync.client import connect
 
 from audio_assets.features import FEATURE_SETS
 from audio_assets.monitoring.alerts import ROUNDS, Alerts, command, webhook
@@ -199,9 +202,31 @@ def test_health_is_told_and_a_source_that_is_away_costs_itself(home: Home, url: 
         away.rename(home.warehouse)
 
 
+def connects(url: str, **headers: str) -> bool:
+    """Return whether the service takes a websocket of the operations page."""
+    address = url.replace("http://", "ws://") + "/operations/ws?session_id=s_of_the_test"
+    try:
+        with connect(address, additional_headers=headers):
+            return True
+    except InvalidStatus:
+        return False
+
+
 def test_pages_of_the_web_cannot_have_a_browser_ask(url: str) -> None:
+    own, foreign = url, "http://attacker.example"
     assert get(f"{url}/metrics", Host="attacker.example")[0] == 400
+    assert get(f"{url}/metrics", Origin=own)[0] == 200
+    assert get(f"{url}/metrics", Origin=foreign)[0] == 403
     assert get(f"{url}/nothing")[0] == 404
+    assert [connects(url, Origin=origin) for origin in (own, foreign)] == [True, False]
+
+
+def test_pages_are_for_looking_only(url: str) -> None:
+    status, page = get(f"{url}/")
+    assert (status, "operations" in page) == (200, True)
+    assert "import marimo" not in page
+    for path in ("kernel/run", "kernel/save", "files/list_files", "usage"):
+        assert get(f"{url}/operations/api/{path}")[0] in (401, 403, 404, 405), path
 
 
 def test_who_is_not_on_this_machine_needs_a_token(home: Home) -> None:
@@ -212,7 +237,19 @@ def test_who_is_not_on_this_machine_needs_a_token(home: Home) -> None:
         url = url.replace("0.0.0.0", "127.0.0.1")
         assert get(f"{url}/livez")[0] == 401
         assert get(f"{url}/livez", Authorization="Bearer another")[0] == 401
-        assert get(f"{url}/livez", Authorization=f"Bearer {TOKEN}") == (200, "ok\n")
+        header = {"Authorization": f"Bearer {TOKEN}"}
+        assert get(f"{url}/livez", **header) == (200, "ok\n")
+        assert (connects(url), connects(url, **header)) == (False, True)
+
+        given, wrong = (f"{url}/?token={quote(token)}" for token in (TOKEN, "another"))
+        assert get(wrong)[0] == 401
+        with urllib.request.urlopen(given) as response:
+            cookie = response.headers["Set-Cookie"]
+        assert {"HttpOnly", "SameSite=strict"} < set(cookie.split("; "))
+        assert TOKEN not in cookie
+        with_cookie = {"Cookie": cookie.partition(";")[0]}
+        assert get(f"{url}/livez", **with_cookie) == (200, "ok\n")
+        assert connects(url, **with_cookie)
 
 
 def test_a_port_that_is_taken_is_said_to_be(home: Home) -> None:

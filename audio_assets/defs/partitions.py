@@ -4,7 +4,7 @@ from collections.abc import Collection, Sequence
 
 import dagster as dg
 
-PARTITIONS = "audio_files"
+from audio_assets.monitoring.dagster_storage import PARTITIONS as PARTITIONS
 
 audio_files = dg.DynamicPartitionsDefinition(name=PARTITIONS)
 """One partition per file; the key is ``<root name>/<path below the root>``."""

@@ -33,6 +33,7 @@ _runs = sa.table(
     sa.column("update_timestamp", sa.DateTime),
 )
 _tags = sa.table("run_tags", sa.column("run_id"), sa.column("key"), sa.column("value"))
+_partitions = sa.table("dynamic_partitions", sa.column("partitions_def_name"))
 _instigators = sa.table(
     "instigators",
     sa.column("selector_id"),
@@ -47,6 +48,9 @@ _ticks = sa.table(
     sa.column("timestamp", sa.DateTime),
     sa.column("tick_body"),
 )
+
+PARTITIONS = "audio_files"
+"""Name of the partitions, one per file."""
 
 UNFINISHED = ("QUEUED", "NOT_STARTED", "STARTING", "STARTED", "CANCELING")
 
@@ -116,11 +120,12 @@ class DagsterStorage:
         self._files = [] if url else [home / "history/runs.db", home / "schedules/schedules.db"]
         if url:
             options = {"connect_timeout": ANSWER_S, "options": f"-c statement_timeout={ANSWER_S}s"}
-            self._runs = self._schedules = sa.create_engine(
+            self._runs = self._schedules = self._events = sa.create_engine(
                 url, connect_args=options, poolclass=sa.NullPool
             )
         else:
             self._runs, self._schedules = map(_read_only, self._files)
+            self._events = _read_only(home / "history/runs/index.db")
 
     @property
     def exists(self) -> bool:
@@ -147,6 +152,13 @@ class DagsterStorage:
                 Run(run_id, job, status, _seconds(changed or created), lock)
                 for run_id, job, status, created, changed, lock in connection.execute(statement)
             ]
+
+    def files(self) -> int:
+        """Return the number of partitions: files of the library, also those not opened yet."""
+        are_files = _partitions.c.partitions_def_name == PARTITIONS
+        statement = sa.select(sa.func.count()).select_from(_partitions).where(are_files)
+        with _reading(self._events) as connection:
+            return connection.scalar(statement) or 0
 
     def instigators(self) -> list[Instigator]:
         """Return the sensors and schedules that are switched on."""

@@ -22,7 +22,7 @@ from audio_assets.warehouse.schema import (
     quoted,
 )
 
-_NOT_NEEDED = ("message", "severity", "exception_type", "content_hash", "timeout_base_s")
+_NOT_NEEDED = ("severity", "exception_type", "content_hash", "timeout_base_s")
 
 TABLES = (
     replace(ATTEMPTS, columns=tuple(c for c in ATTEMPTS.columns if c.name not in _NOT_NEEDED)),

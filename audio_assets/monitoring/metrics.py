@@ -7,11 +7,9 @@ the disks at each scrape. A source that cannot be read costs its own metrics onl
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate, groupby
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
@@ -28,25 +26,22 @@ from prometheus_client.registry import Collector
 from audio_assets.library.text import printable
 from audio_assets.monitoring.dagster_storage import DagsterStorage
 from audio_assets.monitoring.disks import disks
-from audio_assets.monitoring.findings import Finding, Health, Severity, health_of
+from audio_assets.monitoring.findings import Health, Severity, health_of
 from audio_assets.monitoring.health import CHECKS
-from audio_assets.monitoring.landed import LandedRows
+from audio_assets.monitoring.overview import Observer
 from audio_assets.monitoring.performance import Trend, trends
 from audio_assets.monitoring.results import (
     DAY_S,
     HOUR_S,
     ended_since,
     landed_parts,
-    published_parts,
 )
 from audio_assets.monitoring.runs import alive_and_dead, recent_activity
 from audio_assets.settings import get_settings
-from audio_assets.warehouse.database import reading
 from audio_assets.warehouse.part_names import written_at
 from robustness.circuit_breaker import CircuitState
 from robustness.memory import worker_budget_mib
 from robustness.quarantine import Quarantine
-from robustness.state import StateStore
 from robustness.state_schema import circuit_breakers
 
 PREFIX = "audio_assets_"
@@ -84,25 +79,12 @@ class ProductCollector(Collector):
 
     Parameters
     ----------
-    rows : LandedRows
-        What is landed.
-    store : StateStore
-        The state store.
-    findings : callable
-        Returns the latest findings; None before the first.
+    observer : Observer
+        What reads the sources.
     """
 
-    def __init__(
-        self,
-        rows: LandedRows,
-        store: StateStore,
-        findings: Callable[[], Sequence[Finding] | None],
-    ) -> None:
-        self._rows = rows
-        self._store = store
-        self._findings = findings
-        self._published: tuple[int, _Published] | None = None
-        self._done_in_hour = 0
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
         self._trends: list[Trend] = []
         self._trends_due = float("-inf")
 
@@ -134,7 +116,7 @@ class ProductCollector(Collector):
         yield up
 
     def _of_health(self) -> Iterator[Metric]:
-        findings = self._findings()
+        findings = self._observer.findings()
         if findings is None:
             return
         state = health_of(findings)
@@ -151,7 +133,7 @@ class ProductCollector(Collector):
         yield found
 
     def _of_landing(self) -> Iterator[Metric]:
-        with self._rows.up_to_date() as connection:
+        with self._observer.rows.up_to_date() as connection:
             yield _counter(
                 "attempts",
                 "Records of attempts at cells, by outcome",
@@ -210,8 +192,6 @@ class ProductCollector(Collector):
             now = time.time()
             for window, seconds in (("1h", HOUR_S), ("24h", DAY_S)):
                 ended = ended_since(connection, now - seconds)
-                if window == "1h":
-                    self._done_in_hour = ended.done
                 if ended.budget_spent is not None:
                     budget.add_metric([window], ended.budget_spent)
             yield budget
@@ -227,13 +207,13 @@ class ProductCollector(Collector):
         statement = sa.select(
             circuit_breakers.c.name, circuit_breakers.c.state, circuit_breakers.c.forced
         ).order_by(circuit_breakers.c.name)
-        for name, state, forced in self._store.query(lambda c: c.execute(statement).all()):
+        for name, state, forced in self._observer.store.query(lambda c: c.execute(statement).all()):
             now = {"open": "OPEN", "disabled": "CLOSED"}.get(forced, state)
             for each in CircuitState:
                 states.add_metric([printable(name), each.value.lower()], now == each.value)
         yield states
         quarantined = sorted(
-            (cell.feature_set, cell.error_type) for cell in Quarantine(self._store).list()
+            (cell.feature_set, cell.error_type) for cell in Quarantine(self._observer.store).list()
         )
         family = GaugeMetricFamily(
             f"{PREFIX}quarantined_cells",
@@ -243,7 +223,7 @@ class ProductCollector(Collector):
         for labels, cells in groupby(quarantined):
             family.add_metric(labels, len(list(cells)))
         yield family
-        runs = recent_activity(time.time(), self._store)
+        runs = recent_activity(time.time(), self._observer.store)
         workers = [worker for run in runs for worker in run.body["workers"]]
         for name, what, value in (
             ("workers_busy", "Workers that have a task", len(workers)),
@@ -269,8 +249,8 @@ class ProductCollector(Collector):
             ),
         ):
             yield GaugeMetricFamily(PREFIX + name, what, value=value)
-        if self._store.degraded:
-            raise OSError(self._store.problem)
+        if self._observer.store.degraded:
+            raise OSError(self._observer.store.problem)
 
     def _of_dagster(self) -> Iterator[Metric]:
         storage = DagsterStorage()
@@ -289,13 +269,9 @@ class ProductCollector(Collector):
             )
 
     def _of_database(self) -> Iterator[Metric]:
-        now, path, landed = time.time(), get_settings().warehouse, landed_parts()
-        published = None
-        if path.exists():
-            version = path.stat().st_mtime_ns
-            if self._published is None or self._published[0] != version:
-                self._published = version, _read_published(path)
-            published = self._published[1]
+        now, landed = time.time(), landed_parts()
+        published = self._observer.published.latest()
+        if published:
             landed -= published.parts
         oldest = min(map(written_at, landed), default=None)
         yield GaugeMetricFamily(
@@ -312,13 +288,17 @@ class ProductCollector(Collector):
         yield _gauge(
             "degraded_cells", "Cells whose rows are degraded", ["feature_set"], published.degraded
         )
-        backlog = sum(count for _, outcome, count in published.missing if outcome == "untried")
-        yield GaugeMetricFamily(f"{PREFIX}backlog_cells", "Cells not tried yet", value=backlog)
-        if self._done_in_hour:
+        overview = self._observer.overview()
+        if overview.cells_left is not None:
             yield GaugeMetricFamily(
-                f"{PREFIX}backlog_end_timestamp_seconds",
-                "When the backlog is done at the rate of the last hour",
-                value=now + backlog / self._done_in_hour * HOUR_S,
+                f"{PREFIX}backlog_cells", "Cells left to compute", value=overview.cells_left
+            )
+        if overview.end:
+            yield _gauge(
+                "backlog_end_timestamp_seconds",
+                "When the library will be done; with a probability of 90 % between low and high",
+                ["bound"],
+                [(bound, now + value) for bound, value in vars(overview.end.seconds).items()],
             )
 
 
@@ -336,32 +316,6 @@ def _of_trends(trends: Iterable[Trend]) -> Iterator[Metric]:
         ratio.add_metric(labels, trend.ratio)
         slower.add_metric(labels, trend.is_slower)
     yield from (ratio, slower)
-
-
-@dataclass(frozen=True)
-class _Published:
-    """What a version of the database says."""
-
-    parts: set[str]
-    files: int
-    missing: list[tuple[str, str, int]]
-    degraded: list[tuple[str, int]]
-
-
-def _read_published(path: Path) -> _Published:
-    with reading(path) as connection:
-        connection.execute("SET threads = 1")  # runs need the cores
-        [(files,)] = connection.execute(
-            "SELECT count(*) FROM library.files WHERE NOT coalesce(gone, false)"
-        ).fetchall()
-        missing = connection.execute(
-            "SELECT feature_set, coalesce(outcome, 'untried'), count(*) FROM features.missing "
-            "GROUP BY ALL ORDER BY ALL"
-        ).fetchall()
-        degraded = connection.execute(
-            "SELECT feature_set, count(*) FROM features.degraded GROUP BY ALL ORDER BY ALL"
-        ).fetchall()
-        return _Published(published_parts(connection), files, missing, degraded)
 
 
 def _of_disks() -> Iterator[Metric]:

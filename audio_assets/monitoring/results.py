@@ -130,7 +130,6 @@ def published_parts(connection: DuckDBPyConnection) -> set[str]:
 
 def ended_since(connection: DuckDBPyConnection, seconds: float) -> Ended:
     """Return how the cells ended whose attempts were written since a time (s since the epoch)."""
-    first = UUID(int=round(seconds * 1000) << 80)
     [row] = connection.execute(
         """
         SELECT
@@ -147,9 +146,14 @@ def ended_since(connection: DuckDBPyConnection, seconds: float) -> Ended:
             FROM robustness.attempts WHERE row_id >= ? GROUP BY file_key, feature_set
         )
         """,
-        [first],
+        [row_at(seconds)],
     ).fetchall()
     return Ended(*row)
+
+
+def row_at(seconds: float) -> UUID:
+    """Return the least ID of a row that was written at a time (s since the epoch)."""
+    return UUID(int=round(seconds * 1000) << 80)
 
 
 def _ended_before(connection: DuckDBPyConnection, seconds: float) -> Ended:

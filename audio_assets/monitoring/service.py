@@ -2,9 +2,8 @@
 
 import hmac
 import logging
-import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from prometheus_client import CollectorRegistry
@@ -26,69 +25,16 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from audio_assets.monitoring.alerts import Alerts, command, webhook
-from audio_assets.monitoring.findings import Finding, Health, health_of
-from audio_assets.monitoring.health import examine, open_store
-from audio_assets.monitoring.landed import LandedRows
+from audio_assets.monitoring.findings import Health, health_of
 from audio_assets.monitoring.metrics import ProductCollector
+from audio_assets.monitoring.overview import observer
+from audio_assets.monitoring.watcher import Watcher
 from audio_assets.settings import get_settings
-from audio_assets.warehouse import open_landing
-from robustness.state import StateStore
-
-logger = logging.getLogger(__name__)
-
-ROUND_S = 10.0
-"""How often all is checked (s)."""
 
 STUCK_S = 60.0
 """Without a round for longer than this the service counts as not alive (s)."""
 
 _COOKIE = "audio_assets"
-
-
-class Watcher:
-    """Checks all in rounds, in a thread of its own, and has alerts told.
-
-    Parameters
-    ----------
-    store : StateStore
-        For the checks.
-    alerts : sequence of Alerts
-        Told of each round.
-
-    Attributes
-    ----------
-    findings : list of Finding or None
-        Those of the last round; None before the first.
-    ended_at : float
-        When that ended (s, monotonic clock).
-    """
-
-    def __init__(self, store: StateStore, alerts: Sequence[Alerts] = ()) -> None:
-        self._store = store
-        self._alerts = alerts
-        self._stop = threading.Event()
-        self.findings: list[Finding] | None = None
-        self.ended_at = time.monotonic()
-
-    def start(self) -> None:
-        """Begin with the first round."""
-        threading.Thread(target=self._run, name="watcher", daemon=True).start()
-
-    def stop(self) -> None:
-        """End after the present round."""
-        self._stop.set()
-
-    def _run(self) -> None:
-        while not self._stop.is_set():
-            try:
-                self.findings = examine(self._store, lets_disks_sleep=True)
-                for alerts in self._alerts:
-                    alerts.round(self.findings)
-            except Exception:
-                logger.exception("A round of checks failed")
-            else:
-                self.ended_at = time.monotonic()
-            self._stop.wait(ROUND_S)
 
 
 def service(pages: ASGIApp, token: str | None = None) -> Starlette:
@@ -102,7 +48,7 @@ def service(pages: ASGIApp, token: str | None = None) -> Starlette:
         What a request must bear: ``Authorization: Bearer <token>``, or the cookie that ``/?token=``
         gives a browser. Without one, only requests to this machine by its own names are answered.
     """
-    settings, store = get_settings(), open_store()
+    settings, watched = get_settings(), observer()
     # A damaged part would be named at each scrape; publishing names it.
     logging.getLogger("audio_assets.warehouse.ingest").setLevel(logging.CRITICAL)
     channels = {
@@ -110,7 +56,7 @@ def service(pages: ASGIApp, token: str | None = None) -> Starlette:
         "webhook": settings.alert_url and webhook(settings.alert_url),
     }
     watcher = Watcher(
-        store,
+        watched.store,
         [
             Alerts(channel, settings.dagster_home / f".incidents.{name}.json")
             for name, channel in channels.items()
@@ -118,7 +64,8 @@ def service(pages: ASGIApp, token: str | None = None) -> Starlette:
         ],
     )
     registry = CollectorRegistry()
-    registry.register(ProductCollector(LandedRows(open_landing()), store, lambda: watcher.findings))
+    watched.findings = lambda: watcher.findings
+    registry.register(ProductCollector(watched))
 
     async def livez(request: Request) -> Response:
         """Whether this process does what it is for."""

@@ -136,6 +136,7 @@ for command in (
     results.status,
     health.health,
     explain.explain,
+    health.top,
     health.daemon,
     serve.serve,
     results.publish,

@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
@@ -30,6 +31,16 @@ def health(as_csv: AsCsv = False, as_json: AsJson = False) -> None:
     else:
         console.print("All is well.")
     raise typer.Exit(EXIT_CODES[verdict])
+
+
+def top(
+    once: Annotated[bool, typer.Option("--once", help="Print it once, and end.")] = False,
+) -> None:
+    """Show what goes on, live: throughput, workers, failures, and when all will be done."""
+    from audio_assets.cli.top import show
+
+    logging.getLogger("robustness").setLevel(logging.CRITICAL)  # what they say is a finding
+    show(live=console.is_terminal and not once)
 
 
 def daemon() -> None:

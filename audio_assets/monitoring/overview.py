@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import cache
 from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
@@ -24,9 +24,9 @@ import sqlalchemy as sa
 from duckdb import DuckDBPyConnection
 
 from audio_assets.features import FEATURE_SETS
-from audio_assets.library.text import masked, printable
+from audio_assets.library.text import four_digits, masked, printable
 from audio_assets.monitoring.dagster_storage import DagsterStorage
-from audio_assets.monitoring.estimate import Attempts, Estimate, Left, estimate
+from audio_assets.monitoring.estimate import COVERAGE, Attempts, Estimate, Left, estimate
 from audio_assets.monitoring.findings import Finding, at, health_of, span
 from audio_assets.monitoring.health import open_store
 from audio_assets.monitoring.landed import LandedRows
@@ -76,15 +76,15 @@ COLUMNS = {
         *("no CPU s", "MiB", "run"),
     ),
     "slowest": ("file", "feature set", "s", "s of audio", "timeout s", "outcome", "began"),
-    "failing": ("file", "feature set", "error", "why", "attempts", "last", "of cells"),
+    "failing": ("file", "feature set", "error", "why", "attempts", "last"),
     "errors": ("time", "error", "attempts"),
     "breakers": ("breaker", "state", "by hand", "since", "why"),
     "transitions": ("breaker", "from", "to", "time", "why"),
     "timeouts": (
-        *("feature set", "attempts", "given s", "used s", "used: median", "used: 95 %"),
-        *("used: most", "timed out"),
+        *("feature set", "attempts", "given s", "used s", "used, median", "used, 95 %"),
+        *("used at most", "timed out"),
     ),
-    "memory": ("feature set", "MiB: median", "MiB: 95 %", "MiB: most", "budget MiB"),
+    "memory": ("feature set", "MiB, median", "MiB, 95 %", "MiB at most", "budget MiB"),
 }
 """The parts, and their columns. Usual is the median of former runs, used a share of the timeout."""
 
@@ -125,7 +125,7 @@ class Overview:
     end : Estimate or None
         When the library will be done.
     end_unknown : str or None
-        Why that is not known.
+        Why that is not known, or that all is done.
     cells_left : int or None
         Cells that are left to compute; None if that is not known.
     parts : dict of str to Part
@@ -138,6 +138,17 @@ class Overview:
     end_unknown: str | None
     cells_left: int | None
     parts: Mapping[str, Part]
+
+    @property
+    def end_shown(self) -> tuple[str, str]:
+        """When the library will be done, as text, and how sure that is, or why it is not known."""
+        if self.end is None:
+            return "?" if self.cells_left != 0 else "done", self.end_unknown or ""
+        low, middle, high = (
+            clock(self.taken_at + timedelta(seconds=seconds))
+            for seconds in vars(self.end.seconds).values()
+        )
+        return middle, f"{low} to {high} with a probability of {COVERAGE:.0%}"
 
 
 class UnknownError(Exception):
@@ -250,10 +261,6 @@ class Observer:
             self._last = self._read(now, deadline_s)
             return self._last
 
-    def end(self) -> Estimate | None:
-        """Return when the library will be done; None if that is not known."""
-        return self.overview().end
-
     def _read(self, now: float, deadline_s: float) -> Overview:
         asked = time.monotonic()
         for first in (self._database, self._files, self._state):
@@ -347,6 +354,26 @@ def observer() -> Observer:
     return Observer(open_store(), LandedRows(open_landing()))
 
 
+def clock(time: datetime) -> str:
+    """Return a time as text: of day, in this machine's time zone, with the day if not today's."""
+    local = time.astimezone()
+    is_today = local.date() == datetime.now().astimezone().date()
+    return local.strftime("%H:%M:%S" if is_today else "%a %-d %b %H:%M")
+
+
+def as_text(value: Any) -> str:
+    """Return a value of a part as text."""
+    match value:
+        case None:
+            return ""
+        case float():
+            return four_digits(value)
+        case datetime():
+            return clock(value)
+        case _:
+            return str(value)
+
+
 def _files() -> int:
     storage = DagsterStorage()
     return storage.files() if storage.exists else 0
@@ -403,8 +430,7 @@ SELECT
     coalesce(arg_max_null(error_type, row_id), arg_max(outcome, row_id)),
     arg_max_null(message, row_id),
     count(*) FILTER (attempt > 0),
-    max(started_at) AS last,
-    count(*) OVER ()
+    max(started_at) AS last
 FROM robustness.attempts WHERE row_id >= ?
 GROUP BY file_key, feature_set
 HAVING arg_max(outcome, row_id) IN ('failed', 'given_up', 'skipped')
@@ -475,8 +501,8 @@ def _of_window(
     ).fetchall()
     rate, audio_rate = cells / seconds, audio_s / seconds / len(FEATURE_SETS)
     return (
-        *(name, cells, rate, baseline.cells_per_s and rate / baseline.cells_per_s),
-        *(audio_rate, baseline.audio_per_s and audio_rate / baseline.audio_per_s),
+        *(name, cells, rate, baseline.cells_per_s and f"{rate / baseline.cells_per_s:.0%}"),
+        *(audio_rate, baseline.audio_per_s and f"{audio_rate / baseline.audio_per_s:.0%}"),
     )
 
 
@@ -506,6 +532,8 @@ def _read_end(
     if isinstance(known, str):
         return _End(None, None, known)
     published, files = known
+    if not files and (published is None or not published.files):
+        return _End(None, None, "No file is registered yet.")
     if published is None:  # no file is known yet but by its attempts
         [(number, mean_s, deviation_s)] = connection.execute(_DURATIONS).fetchall()
         published = Published(set(), 0, number, mean_s, deviation_s, [], [], {}, None)

@@ -1,11 +1,13 @@
 """What tests of the whole product share: a project home of their own."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing import forkserver
 from pathlib import Path
@@ -74,6 +76,19 @@ def make_home(directory: Path) -> Home:
     home.mkdir(parents=True)
     shutil.copy(PROJECT / "dagster_home" / "dagster.yaml", home)
     return Home(home)
+
+
+@contextmanager
+def serving(home: Home, *arguments: str, **variables: str) -> Iterator[str]:
+    """Serve a home at a port of its own, and return the address."""
+    home = Home(home.path, {**home.variables, **variables})
+    with home.start("serve", "--port", "0", *arguments) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        address = re.search(r"http://\S+:\d+", line)
+        assert address, line + process.stdout.read()
+        yield address[0]
+        process.terminate()
 
 
 @pytest.fixture

@@ -146,14 +146,16 @@ def estimate(
     busy = spent.sum(axis=1) / (until - since)
     known = np.array([left.audio_s.get(name, 0.0) for name in names])
     unseen = np.array([name in left.audio_s for name in names], float)
-    # The mean of the durations that are known is not that of all, nor that of the rest.
-    spread = left.deviation_s * math.sqrt(left.unseen * (1 + left.unseen / max(left.seen, 1)))
-    unseen_s = rng.normal(left.unseen * left.mean_s, spread, (DRAWS, 1)).clip(0)
+    unseen_s = left.unseen * left.mean_s
     seconds = ((known + unseen * unseen_s).clip(0) * costs).sum(axis=1) / np.maximum(busy, 1e-6)
     middle = float(np.median(seconds))
-    widened = math.sqrt(1 + (until - since) / middle) if middle else 1.0
+    if middle:
+        seconds = middle + (seconds - middle) * math.sqrt(1 + (until - since) / middle)
+    # The mean of the durations that are known is not that of all, nor that of the rest.
+    spread = left.deviation_s * math.sqrt(left.unseen * (1 + left.unseen / max(left.seen, 1)))
+    seconds += rng.normal(0, spread, DRAWS) * (unseen @ whole) / np.maximum(busy.mean(), 1e-6)
     return Estimate(
-        _interval((middle + (seconds - middle) * widened).clip(0)),
+        _interval(seconds.clip(0)),
         {name: _interval(1 / costs[:, i]) for i, name in enumerate(names) if audio[:, i].any()},
     )
 

@@ -9,7 +9,6 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from audio_assets.monitoring.findings import Finding, Severity
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.queries import query
 from audio_assets.warehouse.schema import warehouse_tables
-from tests.conftest import PROJECT, Home, make_home
+from tests.conftest import PROJECT, Home, make_home, serving
 from tests.dagster_dev import wait_until
 from tests.warehouse.rows import attempt
 
@@ -35,19 +34,6 @@ TOKEN = "a secret of the test"
 needs_promtool = pytest.mark.skipif(
     not shutil.which("promtool"), reason="promtool (Debian: prometheus) is not installed"
 )
-
-
-@contextmanager
-def serving(home: Home, *arguments: str, **variables: str) -> Iterator[str]:
-    """Serve a home at a port of its own, and return the address."""
-    home = Home(home.path, {**home.variables, **variables})
-    with home.start("serve", "--port", "0", *arguments) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        address = re.search(r"http://\S+:\d+", line)
-        assert address, line + process.stdout.read()
-        yield address[0]
-        process.terminate()
 
 
 def get(url: str, **headers: str) -> tuple[int, str]:

@@ -66,7 +66,7 @@ _SPECS = [
         "speed",
         asset=table_key(RUNS),
         description="No feature set, and not decoding, takes much more time per second of audio "
-        f"than it did: {SLOWDOWN - 1:.0%} more are found in some dozens of cells",
+        f"than it did: {SLOWDOWN - 1:.0%} more are mostly found within 100 cells",
     ),
     *(
         dg.AssetCheckSpec(name, asset=asset_key(feature_set.name), description=description)

@@ -51,7 +51,7 @@ SPEEDS = (1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2500.0)
 """Upper bounds of buckets."""
 
 TRENDS_S = 300.0
-"""How often it is judged whether something got slower (s): it takes 3 s of a million attempts."""
+"""How often it is judged whether something got slower (s): a million attempts take 5 s."""
 
 _MIB = 2**20
 

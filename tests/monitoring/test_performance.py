@@ -85,7 +85,7 @@ def test_unchanged_runs_raise_nothing(history: History) -> None:
         history.run(100, workers=8, rhythm=1.6, key=1.6, decoding=1.6)
         history.run(20, core_wait=5.0)
         assert history.slower() == set()
-    assert {trend.cells for trend in history.trends().values()} == {200}
+    assert {trend.feature_set for trend in history.trends().values()} == {"rhythm", "key", DECODING}
     with history.rows.up_to_date() as connection:
         known = {(b.feature_set, b.workers): b for b in baselines(connection)}
     usual = known["rhythm", 2]

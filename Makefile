@@ -16,7 +16,7 @@ PYTHON_TESTS := $(PYTHONS:%=test-python-%)
 run: $(DEV) ## Analyse LIBRARY, or a sample library made for the purpose
 	$(VENV)/bin/audio-assets analyze $(if $(LIBRARY),"$(LIBRARY)") || [ $$? -eq 3 ] # 3: some files failed
 
-dev: $(DEV) ## Dagster on http://localhost:3000, health and metrics on http://localhost:3001
+dev: $(DEV) ## Dagster on http://localhost:3000, pages and metrics on http://localhost:3001
 	$(VENV)/bin/audio-assets prepare
 	umask $${AUDIO_ASSETS_UMASK:-077} && { $(VENV)/bin/audio-assets serve & } && \
 	    trap "kill $$! 2>/dev/null" EXIT INT TERM && $(VENV)/bin/dagster dev --workspace workspace.yaml

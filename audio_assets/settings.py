@@ -133,7 +133,8 @@ class AudioAssetsSettings(BaseSettings):
         min_length=8,
         repr=False,
         description="What a request to `audio-assets serve` must bear, as in `Authorization: "
-        "Bearer …`; needed to listen on other addresses than this machine's own",
+        "Bearer …`, or a browser give once, as in `/?token=…`; needed to listen on other addresses "
+        "than this machine's own",
     )
     alert_command: str | None = Field(
         None,

@@ -123,6 +123,8 @@ def test_the_time_of_the_workers_is_explained(analysed: tuple[Home, str]) -> Non
     assert sum(use["share"] for use in uses.values()) == pytest.approx(1)
     for name in ("computing", "decoding", "reading", "events", "publishing"):
         assert uses[name]["seconds"] > 0, name
+    sets = {each["feature_set"]: each["cells"] for each in explained["feature_sets"]}
+    assert sets.keys() == {*FEATURE_SETS, "decoding"}
     run_id = explained["run_id"]
     assert f"Run {run_id}" in home.cli("explain", run_id[:8]).stdout
     refused = home.cli("explain", "no run")

@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from audio_assets.monitoring.landed import LandedRows
+from audio_assets.monitoring.metrics import ProductCollector
 from audio_assets.monitoring.performance import DECODING, Trend, baselines, trends
 from audio_assets.warehouse.landing import Landing
+from robustness.state import StateStore
+from tests.conftest import forget_state
 from tests.warehouse.rows import attempt, landing_of
 
 LENGTHS = (15.0, 31.0, 60.0, 180.0, 220.0, 300.0, 450.0)
@@ -104,6 +107,26 @@ def test_a_slowdown_by_a_third_is_found_within_200_cells_and_then_over(history: 
     assert history.slower() == set()
     history.run(200, decoding=1.3)
     assert history.slower() == {DECODING}
+
+
+def test_the_metrics_say_so(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    forget_state()
+    history.run(300)
+    history.run(100, key=2.0)
+    collector = ProductCollector(history.rows, StateStore(None), lambda: None)
+    samples = {
+        (sample.name, sample.labels["feature_set"]): sample.value
+        for metric in collector.collect()
+        for sample in metric.samples
+        if sample.labels.get("host") == "a"
+    }
+    slower = "audio_assets_slower"
+    assert {name for name, value in samples.items() if value == 1} == {(slower, "key")}
+    assert samples["audio_assets_time_to_baseline_ratio", "rhythm"] == pytest.approx(1, rel=0.1)
+    forget_state()
 
 
 def test_of_few_cells_nothing_is_said(history: History) -> None:

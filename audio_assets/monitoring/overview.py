@@ -30,7 +30,7 @@ from audio_assets.monitoring.estimate import COVERAGE, Attempts, Estimate, Left,
 from audio_assets.monitoring.findings import Finding, at, health_of, span
 from audio_assets.monitoring.health import open_store
 from audio_assets.monitoring.landed import LandedRows
-from audio_assets.monitoring.published import Published, PublishedReader
+from audio_assets.monitoring.published import Backlog, Published, PublishedReader
 from audio_assets.monitoring.results import DAY_S, HOUR_S, row_at
 from audio_assets.monitoring.runs import SILENCE_S
 from audio_assets.settings import get_settings
@@ -465,6 +465,26 @@ FROM (SELECT max(audio_s) AS audio_s FROM robustness.attempts GROUP BY file_key)
 WHERE audio_s IS NOT NULL
 """
 
+_ENDED = """
+WITH ended AS (
+    SELECT
+        file_key, feature_set, arg_max(outcome, row_id) AS outcome,
+        coalesce(max(max(audio_s)) OVER (PARTITION BY file_key), $mean_s) AS audio_s
+    FROM robustness.attempts WHERE row_id > $last_row GROUP BY file_key, feature_set
+),
+had_rows AS (
+    FROM robustness.attempts
+    WHERE row_id <= $last_row AND outcome IN ('succeeded', 'reused')
+)
+SELECT feature_set, count(*), sum(audio_s) FROM (
+    FROM ended WHERE outcome NOT IN ('deferred', 'reused')
+    UNION ALL
+    FROM ended ANTI JOIN had_rows USING (file_key, feature_set) WHERE outcome = 'reused'
+)
+GROUP BY ALL
+"""
+"""What was reused and had no row before has that of a file with the same content."""
+
 _RUNS = f"""
 SELECT
     count(*) FILTER (outcome = 'succeeded') AS cells,
@@ -534,9 +554,10 @@ def _read_end(
     published, files = known
     if not files and (published is None or not published.files):
         return _End(None, None, "No file is registered yet.")
-    if published is None:  # no file is known yet but by its attempts
-        [(number, mean_s, deviation_s)] = connection.execute(_DURATIONS).fetchall()
-        published = Published(set(), 0, number, mean_s, deviation_s, [], [], {}, None)
+    if published is None:  # files are known by their attempts alone
+        [(seen, mean_s, deviation_s)] = connection.execute(_DURATIONS).fetchall()
+        backlog = dict.fromkeys(FEATURE_SETS, Backlog(seen, seen * mean_s, 0))
+        published = Published(set(), seen, seen, mean_s, deviation_s, [], [], backlog, None)
     left, cells = _left(connection, published, files)
     if not cells:
         return _End(0, None, "Nothing is left to compute.")
@@ -553,14 +574,7 @@ def _read_end(
 def _left(connection: DuckDBPyConnection, published: Published, files: int) -> tuple[Left, int]:
     """Return what is left, and how many cells that are: what ended since publishing is not."""
     ended = connection.execute(
-        """
-        SELECT feature_set, count(*), sum(coalesce(audio_s, ?)) FROM (
-            SELECT feature_set, arg_max(outcome, row_id) AS outcome, max(audio_s) AS audio_s
-            FROM robustness.attempts WHERE row_id > ? GROUP BY file_key, feature_set
-        )
-        WHERE outcome NOT IN ('deferred', 'reused') GROUP BY ALL
-        """,
-        [published.mean_s, published.last_row or UUID(int=0)],
+        _ENDED, {"mean_s": published.mean_s, "last_row": published.last_row or UUID(int=0)}
     ).fetchall()
     unseen = max(files - published.files, 0)
     audio_s = dict.fromkeys(FEATURE_SETS, 0.0)

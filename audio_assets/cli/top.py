@@ -107,4 +107,4 @@ def _by_type(part: Part) -> Part:
     counts: Counter[str] = Counter()
     for _, error, attempts in part.rows:
         counts[error] += attempts
-    return Part(("error", "attempts"), counts.most_common(), part.unknown)
+    return Part(("error", "attempts"), tuple(counts.most_common()), part.unknown)

@@ -101,14 +101,14 @@ class Part:
     ----------
     columns : tuple of str
         Names of the columns, with their units.
-    rows : list of tuple
+    rows : tuple of tuple
         A value per column: number, text, time or None.
     unknown : str or None
         Why nothing is known of it.
     """
 
     columns: tuple[str, ...]
-    rows: Sequence[tuple[Any, ...]] = ()
+    rows: tuple[tuple[Any, ...], ...] = ()
     unknown: str | None = None
 
 
@@ -390,7 +390,7 @@ def _shown(value: Any) -> Any:
 def _part(name: str, said: _Rows | str) -> Part:
     if isinstance(said, str):
         return Part(COLUMNS[name], unknown=said)
-    return Part(COLUMNS[name], [tuple(map(_shown, row)) for row in said[name]])
+    return Part(COLUMNS[name], tuple(tuple(map(_shown, row)) for row in said[name]))
 
 
 def _row_of(finding: Finding) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ def _():
 
 @app.cell
 def _(mo):
-    refresh = mo.ui.refresh(options=["3s", "10s", "60s"], default_interval="3s")
+    refresh = mo.ui.refresh(options=["4s", "20s", "60s"], default_interval="4s")
     return (refresh,)
 
 

@@ -2,6 +2,7 @@
 
 import html
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import altair as alt
@@ -50,6 +51,7 @@ def table(part: Part, nothing: str, title: str = "") -> mo.Html:
         return _titled(title, mo.Html(frame.to_html(index=False, escape=True, border=0)))
 
 
+@lru_cache(maxsize=1)
 def throughput(part: Part) -> mo.Html:
     """Return the throughput of each minute as a chart."""
     if part.unknown:
@@ -64,6 +66,7 @@ def throughput(part: Part) -> mo.Html:
     return mo.hstack(charts, widths="equal", gap=1)
 
 
+@lru_cache(maxsize=1)
 def errors(part: Part) -> mo.Html:
     """Return the errors of each quarter of an hour by type, as a chart."""
     return _charted(
@@ -86,7 +89,7 @@ def breakers(part: Part, now: datetime) -> mo.Html:
         rows.append((name, state, time, until.get(name, now), why))
         until[name] = time
     return _charted(
-        Part(("breaker", "state", "time", "until", "why"), rows, part.unknown),
+        Part(("breaker", "state", "time", "until", "why"), tuple(rows), part.unknown),
         "No breaker changed its state in the last day.",
         lambda chart: chart.mark_bar().encode(
             alt.X("time:T", title=None),
@@ -102,31 +105,32 @@ def breakers(part: Part, now: datetime) -> mo.Html:
     )
 
 
+@lru_cache(maxsize=1)
 def timeouts(part: Part) -> mo.Html:
     """Return how much of the timeouts was used, by feature set, as a chart."""
     return _ranges(part, slice(4, 7), "share of the timeout that was used", 1)
 
 
+@lru_cache(maxsize=1)
 def memory(part: Part) -> mo.Html:
     """Return how much of their budget workers used, by feature set, as a chart."""
     budget = part.rows[0][4] if part.rows else 0
-    return _ranges(part, slice(1, 4), "memory of a worker (MiB)", budget)
+    return _ranges(part, slice(1, 4), "memory of a worker, up to its budget (MiB)", budget)
 
 
 def _ranges(part: Part, columns: slice, title: str, limit: float) -> mo.Html:
-    """Return a chart of three columns, medians, 95 % quantiles and maxima, beside a limit."""
+    """Return a chart of three columns: medians, 95 % quantiles and maxima, up to a limit."""
     if part.unknown or not part.rows:
         return _said(part, "Nothing was computed in the last day.")
-    median, most_of_them, most = part.columns[columns]
-    base = alt.Chart(_frame(part), height=HEIGHT, width="container").encode(
-        alt.Y("feature set:N", title=None), tooltip=list(part.columns)
-    )
-    rule = alt.Chart(pd.DataFrame({"limit": [limit]})).mark_rule(color=STATES["OPEN"])
+    long = _frame(part).melt("feature set", part.columns[columns], "of attempts", "value")
+    chart = alt.Chart(long, height=HEIGHT, width="container").mark_tick(thickness=3)
     return mo.as_html(
-        base.mark_bar(opacity=0.6).encode(alt.X(f"{median}:Q", title=title))
-        + base.mark_tick(thickness=2).encode(alt.X(f"{most_of_them}:Q"))
-        + base.mark_point().encode(alt.X(f"{most}:Q"))
-        + rule.encode(alt.X("limit:Q"))
+        chart.encode(
+            alt.X("value:Q", title=title, scale=alt.Scale(domainMax=max(limit, long.value.max()))),
+            alt.Y("feature set:N", title=None),
+            alt.Color("of attempts:N", title=None, sort=None),
+            tooltip=["feature set:N", "of attempts:N", "value:Q"],
+        )
     )
 
 

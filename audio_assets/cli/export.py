@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from audio_assets.cli.endings import ExitCode, UserError
-from audio_assets.cli.printing import Raw, console, write_csv
+from audio_assets.cli.printing import Raw, console
 from audio_assets.cli.results import Sql, SqlFile, given_sql
 
 TRACKS = "FROM features.tracks ORDER BY file_key"
@@ -39,12 +39,11 @@ def export(
     raw: Raw = False,
 ) -> None:
     """Write all tracks, or what SQL asks for, to files for other programs."""
-    from audio_assets.library.files import replacing
     from audio_assets.library.roots import library_roots
     from audio_assets.library.scan import Library
     from audio_assets.settings import get_settings
     from audio_assets.warehouse import exports
-    from audio_assets.warehouse.queries import QueryError, query
+    from audio_assets.warehouse.queries import QueryError
 
     warehouse = get_settings().warehouse
     question = TRACKS if sql is None and file is None else given_sql(sql, file)
@@ -54,13 +53,7 @@ def export(
             case Format.PARQUET:
                 written = exports.write_parquet(warehouse, question, output)
             case Format.CSV:
-                result = query(warehouse, question)
-                with (
-                    replacing(output) as partial,
-                    partial.open("w", encoding="utf-8", newline="") as text,
-                ):
-                    write_csv(text, result.columns, result.rows, raw=raw)
-                written = len(result.rows)
+                written = exports.write_csv(warehouse, question, output, raw=raw)
             case Format.M3U8:
                 what, path_of = "tracks", Library(library_roots()).path_of
                 written, left_out = exports.write_playlist(warehouse, question, output, path_of)

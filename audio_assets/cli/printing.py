@@ -4,17 +4,15 @@ A terminal gets a table, or one record per block where a table would cut words. 
 aligned columns of any width, CSV or JSON.
 """
 
-import csv
 import io
 import json
 import logging
-import math
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from decimal import Decimal
-from typing import Annotated, Any, TextIO
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -23,7 +21,7 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
-from audio_assets.library.text import csv_text, four_digits, masked, printable
+from audio_assets.library.text import four_digits, masked, plain, printable, write_csv
 
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: a list of objects.")]
@@ -148,7 +146,7 @@ def records(columns: Sequence[str], rows: Rows) -> list[dict[str, object]]:
 
 def print_json(value: object) -> None:
     """Print a value as JSON, in ASCII, so that a terminal obeys nothing in it."""
-    sys.stdout.write(json.dumps(_plain(value), indent=2) + "\n")
+    sys.stdout.write(json.dumps(plain(value), indent=2) + "\n")
 
 
 def shown_time(time: datetime) -> str:
@@ -202,38 +200,5 @@ def _text(value: object) -> str:
             return f"[{', '.join(map(_text, value))}]"
         case dict():
             return f"{{{', '.join(f'{_text(k)}: {_text(v)}' for k, v in value.items())}}}"
-        case _:
-            return str(value)
-
-
-def write_csv(file: TextIO, columns: Iterable[str], rows: Rows, *, raw: bool) -> None:
-    """Write a table as CSV; parameters as of `print_table`."""
-
-    def field(value: object) -> object:
-        plain = _plain(value)
-        if isinstance(plain, list | dict):
-            return json.dumps(plain)
-        return csv_text(plain) if isinstance(plain, str) and not raw else plain
-
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(map(field, columns))
-    writer.writerows(map(field, row) for row in rows)
-
-
-def _plain(value: object) -> object:
-    """Return a value that JSON has: times as ISO 8601 in the local time zone, NaN as null."""
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-        case Decimal():
-            return float(value)
-        case datetime():
-            return (value.astimezone() if value.tzinfo else value).isoformat()
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case dict():
-            return {str(key): _plain(item) for key, item in value.items()}
         case _:
             return str(value)

@@ -1,7 +1,14 @@
-"""Text to show: file names, tags and error messages, which can hold anything, and numbers."""
+"""Text to show: file names, tags and errors, which can hold anything; numbers; CSV."""
 
+import csv
+import json
+import math
 import re
 import unicodedata
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from decimal import Decimal
+from typing import TextIO
 
 _ESCAPED = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 """Unicode's categories of controls, invisible marks, surrogates and separators of lines."""
@@ -52,3 +59,50 @@ def four_digits(value: float) -> str:
 def csv_text(text: str) -> str:
     """Return a text for CSV that spreadsheets do not take for a formula."""
     return "'" * text.startswith(_FORMULA) + printable(text)
+
+
+def write_csv(
+    file: TextIO, columns: Iterable[str], rows: Iterable[Sequence[object]], *, raw: bool
+) -> None:
+    """Write a table as CSV.
+
+    Parameters
+    ----------
+    file : text file
+        Where to.
+    columns : iterable of str
+        Names of the columns.
+    rows : iterable of sequence
+        A value per column: a number, text, time, list, dict or None.
+    raw : bool
+        Leave control characters and formulas of spreadsheets as they are.
+    """
+
+    def field(value: object) -> object:
+        shown = plain(value)
+        if isinstance(shown, list | dict):
+            return json.dumps(shown)
+        return csv_text(shown) if isinstance(shown, str) and not raw else shown
+
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(map(field, columns))
+    writer.writerows(map(field, row) for row in rows)
+
+
+def plain(value: object) -> object:
+    """Return a value that JSON has: times as ISO 8601 in the local time zone, NaN as null."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case Decimal():
+            return float(value)
+        case datetime():
+            return (value.astimezone() if value.tzinfo else value).isoformat()
+        case list() | tuple():
+            return [plain(item) for item in value]
+        case dict():
+            return {str(key): plain(item) for key, item in value.items()}
+        case _:
+            return str(value)

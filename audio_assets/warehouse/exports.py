@@ -9,6 +9,7 @@ from typing import Any
 from blake3 import blake3
 
 from audio_assets.features.base import Row
+from audio_assets.library import text
 from audio_assets.library.files import replacing
 from audio_assets.library.text import printable
 from audio_assets.warehouse.queries import QueryError, query, sandbox
@@ -26,8 +27,51 @@ _LONE = re.compile("[\ud800-\udfff]")
 """What stands for a byte that is not UTF-8."""
 
 
-def write_parquet(warehouse: Path, sql: str, output: Path) -> int:
+def write_csv(
+    warehouse: Path,
+    sql: str,
+    output: Path,
+    parameters: Sequence[object] = (),
+    *,
+    raw: bool = False,
+) -> int:
+    """Write what a query returns to a CSV file, and return the number of rows.
+
+    Parameters
+    ----------
+    warehouse : Path
+        The database file.
+    sql : str
+        A query.
+    output : Path
+        The file.
+    parameters : sequence, optional
+        As of `queries.query`.
+    raw : bool
+        As of `text.write_csv`.
+
+    Raises
+    ------
+    QueryError
+        As `queries.query`.
+    OSError
+        If the file cannot be written.
+    """
+    result = query(warehouse, sql, parameters)
+    with replacing(output) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        text.write_csv(file, result.columns, result.rows, raw=raw)
+    return len(result.rows)
+
+
+def write_parquet(
+    warehouse: Path, sql: str, output: Path, parameters: Sequence[object] = ()
+) -> int:
     """Write what a query returns to a Parquet file, and return the number of rows.
+
+    Parameters
+    ----------
+    warehouse, sql, output, parameters
+        As of `write_csv`.
 
     Raises
     ------
@@ -39,7 +83,7 @@ def write_parquet(warehouse: Path, sql: str, output: Path) -> int:
     from pyarrow import ArrowException, parquet
 
     with sandbox(warehouse) as connection:
-        result = connection.sql(sql)
+        result = connection.sql(sql, params=list(parameters))
         if result is None:
             raise QueryError("There is no SQL to run.")
         rows = result.to_arrow_table()
@@ -52,7 +96,11 @@ def write_parquet(warehouse: Path, sql: str, output: Path) -> int:
 
 
 def write_playlist(
-    warehouse: Path, sql: str, output: Path, path_of: Callable[[str], Path]
+    warehouse: Path,
+    sql: str,
+    output: Path,
+    path_of: Callable[[str], Path],
+    parameters: Sequence[object] = (),
 ) -> tuple[int, int]:
     """Write an M3U8 playlist of the tracks that a query returns, in its order.
 
@@ -68,6 +116,8 @@ def write_playlist(
         The playlist.
     path_of : callable
         Takes a file key, and returns the file's path.
+    parameters : sequence, optional
+        As of `queries.query`.
 
     Returns
     -------
@@ -81,7 +131,7 @@ def write_playlist(
     OSError
         If the file cannot be written.
     """
-    keys = _file_keys(warehouse, sql)
+    keys = _file_keys(warehouse, sql, parameters)
     lines = ["#EXTM3U"]
     for row in _rows_of(warehouse, keys, _ENTRIES):
         path = path_of(row["file_key"])
@@ -219,9 +269,9 @@ WHERE NOT coalesce(gone, false) AND of_metadata.duration_s IS NOT NULL
 """
 
 
-def _file_keys(warehouse: Path, sql: str) -> list[str]:
+def _file_keys(warehouse: Path, sql: str, parameters: Sequence[object] = ()) -> list[str]:
     """Return the file keys that a query returns, each once, in its order."""
-    result = query(warehouse, sql)
+    result = query(warehouse, sql, parameters)
     if "file_key" not in result.columns:
         raise QueryError(
             "A playlist or JAMS files need a query with the column file_key, such as "
@@ -242,9 +292,9 @@ def _rows_of(warehouse: Path, keys: Sequence[str], sql: str) -> Iterator[Row]:
 
 def _line(path: Path) -> str:
     """Return a path as a line of a playlist: as it is, or, where it cannot be, as a URI."""
-    text = str(path)
-    is_line = text.splitlines() == [text.strip()] and not _LONE.search(text)
-    return text if is_line else path.as_uri()
+    line = str(path)
+    is_line = line.splitlines() == [line.strip()] and not _LONE.search(line)
+    return line if is_line else path.as_uri()
 
 
 def _jams_name(file_key: str) -> str:

@@ -6,7 +6,9 @@ Nothing of marimo is imported before a page is asked for: it holds as much memor
 import asyncio
 from pathlib import Path
 
+from starlette.applications import Starlette
 from starlette.datastructures import MutableHeaders
+from starlette.routing import Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 PAGES = ("operations", "library")
@@ -43,7 +45,11 @@ class Pages:
 def _imported() -> ASGIApp:
     import marimo
 
+    from audio_assets.pages.player import audio
+
     apps = marimo.create_asgi_app(quiet=True)
     for page in PAGES:
         apps = apps.with_app(path=f"/{page}", root=str(Path(__file__).with_name(f"{page}.py")))
-    return apps.build()
+    return Starlette(
+        routes=[Route("/audio/{content_hash}", audio), Mount("/", apps.build())],
+    )

@@ -20,8 +20,8 @@ JAMS_VERSION = "0.3.5"
 _NAME_BYTES = 255
 """Longest name of a file or directory that Linux allows."""
 
-_AT_ONCE = 500
-"""Tracks whose results are in memory at a time."""
+_RESULTS_AT_ONCE, _ENTRIES_AT_ONCE = 500, 20_000
+"""Tracks whose results, or titles, are in memory at a time."""
 
 _LONE = re.compile("[\ud800-\udfff]")
 """What stands for a byte that is not UTF-8."""
@@ -133,7 +133,7 @@ def write_playlist(
     """
     keys = _file_keys(warehouse, sql, parameters)
     lines = ["#EXTM3U"]
-    for row in _rows_of(warehouse, keys, _ENTRIES):
+    for row in _rows_of(warehouse, keys, _ENTRIES, _ENTRIES_AT_ONCE):
         path = path_of(row["file_key"])
         shown = " - ".join(filter(None, (row["artist"], row["title"]))) or path.name
         lines += [
@@ -170,7 +170,7 @@ def write_jams(warehouse: Path, sql: str, directory: Path) -> tuple[int, int]:
     """
     keys = _file_keys(warehouse, sql)
     written = 0
-    for row in _rows_of(warehouse, keys, _TRACKS):
+    for row in _rows_of(warehouse, keys, _TRACKS, _RESULTS_AT_ONCE):
         path = directory / _jams_name(row.pop("file_key"))
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as partial:
@@ -281,10 +281,10 @@ def _file_keys(warehouse: Path, sql: str, parameters: Sequence[object] = ()) -> 
     return list(dict.fromkeys(str(row[place]) for row in result.rows if row[place] is not None))
 
 
-def _rows_of(warehouse: Path, keys: Sequence[str], sql: str) -> Iterator[Row]:
+def _rows_of(warehouse: Path, keys: Sequence[str], sql: str, at_once: int) -> Iterator[Row]:
     """Yield what a query says of files, in their order; of files that are gone, nothing."""
-    for start in range(0, len(keys), _AT_ONCE):
-        some = keys[start : start + _AT_ONCE]
+    for start in range(0, len(keys), at_once):
+        some = keys[start : start + at_once]
         result = query(warehouse, sql, [some])
         rows = {row[0]: dict(zip(result.columns, row, strict=True)) for row in result.rows}
         yield from (rows[key] for key in some if key in rows)

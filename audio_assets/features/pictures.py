@@ -33,7 +33,12 @@ def markdown(svg: str, shown: str) -> str:
     shown : str
         What it shows, in words and without brackets, for those who cannot see it.
     """
-    return f"![{shown}](<data:image/svg+xml,{quote(svg, _UNQUOTED)}>)"
+    return f"![{shown}](<{data_url(svg)}>)"
+
+
+def data_url(svg: str) -> str:
+    """Return the address of a picture, which is the picture itself."""
+    return f"data:image/svg+xml,{quote(svg, _UNQUOTED)}"
 
 
 def columns(values: Sequence[float] | None, labels: Sequence[str] = ()) -> str | None:

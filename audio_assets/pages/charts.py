@@ -84,7 +84,7 @@ def histogram(frame: pd.DataFrame, column: str) -> alt.Chart:
         tracks, edges = np.histogram(values.astype(float), _BARS)
         data = pd.DataFrame({"from": edges[:-1], "to": edges[1:], "tracks": tracks})
         bars = alt.Chart(data).encode(
-            x=alt.X("from:Q", title=column, scale=alt.Scale(zero=False)), x2="to", y="tracks:Q"
+            x=alt.X("from:Q", title=column, bin="binned"), x2="to", y="tracks:Q"
         )
     return bars.mark_bar().encode(tooltip=alt.Tooltip("tracks:Q")).properties(width="container")
 

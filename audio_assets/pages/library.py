@@ -5,6 +5,8 @@ import marimo
 app = marimo.App(width="full", app_title="audio-assets: library")
 
 with app.setup(hide_code=True):
+    from contextlib import suppress
+    from html import escape
     from urllib.parse import quote
 
     import altair as alt
@@ -12,8 +14,8 @@ with app.setup(hide_code=True):
     import pandas as pd
     from pandas.api.types import is_numeric_dtype
 
-    from audio_assets.features.pictures import markdown
-    from audio_assets.library.text import four_digits
+    from audio_assets.features.pictures import data_url
+    from audio_assets.library.text import four_digits, printable
     from audio_assets.pages import charts, similar
     from audio_assets.pages.details import details
     from audio_assets.pages.saving import saved
@@ -26,9 +28,15 @@ with app.setup(hide_code=True):
 
 
 @app.function
-def said(text, kind="info"):
-    """Show a text of any origin."""
-    return mo.callout(mo.plain_text(text), kind=kind)
+def plain(text):
+    """Show a text of any origin as it is."""
+    return mo.Html(f'<div style="overflow-wrap: anywhere">{escape(printable(text))}</div>')
+
+
+@app.function
+def said(text, kind="neutral"):
+    """Show a message."""
+    return mo.callout(plain(text), kind=kind)
 
 
 @app.function
@@ -43,7 +51,7 @@ def cell(value):
 def table(frame, **options):
     """Show tracks, or what is known of one, a page at a time."""
     return mo.ui.table(
-        frame,
+        frame.reset_index(drop=True),
         format_mapping=dict.fromkeys(frame.columns, cell),
         show_column_summaries=False,
         show_data_types=False,
@@ -278,15 +286,11 @@ def _(address, row, track, tracks):
     near = way = None
     begin = mo.ui.button(label="Start a path here", on_click=lambda _: address.set("from", track))
     if row is not None and pd.notna(row[PLACE[0]]):
-        near = table(
-            similar.neighbours(tracks, track), selection="single", on_change=open_track
-        )
+        near = table(similar.neighbours(tracks, track), selection="single", on_change=open_track)
         start = address.get("from")
         if start is not None and start != track:
-            try:
+            with suppress(KeyError):  # one that is not on the map
                 way = similar.path(tracks, start, track)
-            except KeyError:
-                pass
     return begin, near, way
 
 
@@ -302,14 +306,18 @@ def _(way):
 def _(begin, known, near, problem, row, steps, track, way):
     page = problem
     if known is not None:
-        parts = [mo.plain_text(track)]
-        if row is not None:
+        names = [] if row is None else row.reindex(["artist", "title"]).dropna()
+        parts = [plain(text) for text in (" - ".join(names), track, known.path)]
+        if row is not None and pd.notna(row["content_hash"]):
             parts.append(mo.audio(f"../audio/{quote(row['content_hash'], safe='')}"))
         if len(known.beats) > 1:
             parts.append(charts.tempo(known.beats))
-        parts.append(
-            mo.hstack([mo.md(markdown(svg, name)) for name, svg in known.pictures.items()], wrap=True)
-        )
+        pictures = [
+            # marimo puts the address between single quotes.
+            mo.image(data_url(svg).replace("'", "%27"), alt=name, caption=name)
+            for name, svg in known.pictures.items()
+        ]
+        parts.append(mo.hstack(pictures, justify="start", align="end", wrap=True, gap=2))
         tables = {
             "Values": known.values,
             "Tags": known.tags,

@@ -1,5 +1,7 @@
 """Tracks that sound alike, by the cosine distance of their MusiCNN embeddings (0 to 2)."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
@@ -32,7 +34,7 @@ def neighbours(tracks: Tracks, file_key: str, count: int = 20) -> pd.DataFrame:
     others = others[others != here]
     distances = _distances(tracks, others, here)
     nearest = np.argsort(distances)[:count]
-    return _rows(tracks, others[nearest]).assign(distance=distances[nearest])
+    return _rows(tracks, others[nearest], distance=distances[nearest])
 
 
 def path(tracks: Tracks, start: str, end: str) -> pd.DataFrame:
@@ -57,7 +59,7 @@ def path(tracks: Tracks, start: str, end: str) -> pd.DataFrame:
 
     ends = [_place(tracks, start), _place(tracks, end)]
     if tracks.heard[ends[0]] == tracks.heard[ends[1]]:
-        return _rows(tracks, np.array(ends[:1])).assign(step=0.0)
+        return _rows(tracks, np.array(ends[:1]), step=[0.0])
     others = _contents(tracks, *ends)
     others = others[~np.isin(others, ends)]
     detour = sum(_distances(tracks, others, place) for place in ends)
@@ -79,7 +81,7 @@ def path(tracks: Tracks, start: str, end: str) -> pd.DataFrame:
         way.append(before[way[-1]])
     found = nodes[way[::-1]]
     steps = 1 - (tracks.embeddings[found[1:]] * tracks.embeddings[found[:-1]]).sum(axis=1)
-    return _rows(tracks, found).assign(step=[0.0, *np.maximum(steps, 0)])
+    return _rows(tracks, found, step=[0.0, *np.maximum(steps, 0)])
 
 
 def duplicates(tracks: Tracks) -> pd.DataFrame:
@@ -105,10 +107,10 @@ def duplicates(tracks: Tracks) -> pd.DataFrame:
     rows = np.flatnonzero(sizes[group] > 1)
     rows = rows[np.argsort(group[rows], kind="stable")]
     has_copy = np.isin(rows, same)
-    return frame.iloc[rows].assign(
-        group=1 + np.unique(group[rows], return_inverse=True)[1],
-        why=np.where(has_copy, "same content", "sounds the same"),
-    )
+    found = frame.iloc[rows]
+    found.insert(0, "group", 1 + np.unique(group[rows], return_inverse=True)[1])
+    found.insert(1, "why", np.where(has_copy, "same content", "sounds the same"))
+    return found
 
 
 def _alike(tracks: Tracks) -> NDArray[np.intp]:
@@ -157,5 +159,7 @@ def _distances(tracks: Tracks, places: NDArray[np.intp], place: int) -> NDArray[
     return distances
 
 
-def _rows(tracks: Tracks, places: NDArray[np.intp]) -> pd.DataFrame:
-    return tracks.frame.iloc[tracks.heard[places]]
+def _rows(tracks: Tracks, places: NDArray[np.intp], **more: Sequence[float]) -> pd.DataFrame:
+    """Return the rows of tracks, after a further column."""
+    rows = tracks.frame.iloc[tracks.heard[places]]
+    return pd.concat([pd.DataFrame(more, index=rows.index), rows], axis=1)

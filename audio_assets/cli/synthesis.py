@@ -61,7 +61,7 @@ class Piece:
     seed : int
         Of the tune and the noise.
     bpm : float
-        Tempo (beats per minute); a bar has four beats.
+        Tempo (beats per minute).
     key, scale : str
         Tonic, one of `PITCH_CLASSES`, and ``major`` or ``minor``.
     bars : int
@@ -69,10 +69,10 @@ class Piece:
     chords : tuple of int
         Degrees (from 0) of the triads, one per bar, repeated.
     drums : dict of str to str
-        Sixteen steps per bar, by drum (kick, snare, clap, hat, ride): ``x`` is a stroke, ``o`` a
-        soft one, ``.`` a rest.
+        The steps of a bar, by drum (kick, snare, clap, hat, ride): ``x`` is a stroke, ``o`` a soft
+        one, ``.`` a rest.
     bass : str
-        The same for the bass.
+        The same for the bass, as many steps.
     instruments : tuple of str
         Names of the instruments of chords, bass and tune.
     swing : float
@@ -81,6 +81,8 @@ class Piece:
         Reverberation time (s).
     level : float
         Peak of the samples, up to 1.
+    steps_per_beat : int
+        4, or 3 where a beat is divided in three.
     """
 
     seed: int
@@ -95,6 +97,7 @@ class Piece:
     swing: float = 0.0
     room: float = 0.4
     level: float = 0.9
+    steps_per_beat: int = 4
 
 
 def play(piece: Piece, sample_rate: int) -> Signal:
@@ -113,11 +116,12 @@ def play(piece: Piece, sample_rate: int) -> Signal:
         The samples, the same at every call.
     """
     random = np.random.default_rng(piece.seed)
-    step = 15 / piece.bpm
+    steps = len(piece.bass)
+    step = 60 / piece.bpm / piece.steps_per_beat
     chord_timbre, bass_timbre, tune_timbre = (_TIMBRES[name] for name in piece.instruments)
     kit = {name: _drum(name, sample_rate, random) for name in piece.drums}
     tonic = 48 + PITCH_CLASSES.index(piece.key)
-    frames = int((piece.bars * 16 * step + 1.0) * sample_rate)
+    frames = int((piece.bars * steps * step + 1.0) * sample_rate)
     music, rhythm = np.zeros((2, frames, 2), np.float32)
     tune_degree = 7
 
@@ -125,18 +129,18 @@ def play(piece: Piece, sample_rate: int) -> Signal:
         _add(music, _note(timbre, pitch, seconds, sample_rate), gain, start, sample_rate)
 
     for bar in range(piece.bars):
-        starts = [(bar * 16 + i + piece.swing * (i % 2)) * step for i in range(16)]
+        starts = [(bar * steps + i + piece.swing * (i % 2)) * step for i in range(steps)]
         # The last bar has the tonic.
         root = 0 if bar == piece.bars - 1 else piece.chords[bar % len(piece.chords)]
         triad = [tonic + _semitones(piece.scale, root + third, root) for third in (0, 2, 4)]
         for pitch in triad:
             voiced = pitch if pitch > tonic + 9 else pitch + 12
-            note(chord_timbre, voiced, starts[0], 15 * step, 0.16)
+            note(chord_timbre, voiced, starts[0], (steps - 1) * step, 0.16)
         bass_pitch = triad[0] - 12 if triad[0] < tonic + 7 else triad[0] - 24
         for i, strength in _strokes(piece.bass):
             note(bass_timbre, bass_pitch, starts[i], 1.6 * step, 0.4 * strength)
-        for i in range(0, 16, 2) if bar > 0 else ():
-            on_strong_beat = i % 8 == 0
+        for i in range(0, steps, piece.steps_per_beat // 2) if bar > 0 else ():
+            on_strong_beat = i % (2 * piece.steps_per_beat) == 0
             if not on_strong_beat and random.random() < 0.45:
                 continue
             tune_degree = int(np.clip(tune_degree + random.integers(-2, 3), 4, 13))

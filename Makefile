@@ -71,6 +71,7 @@ bench-speed: $(BENCH) ## What the project costs, beside its bare algorithms and 
 
 bench-accuracy: $(BENCH) ## How right the values are; ANNOTATIONS names a collection of your own
 	$(VENV)/bin/python -m benchmarks.accuracy $(if $(ANNOTATIONS),--annotations "$(ANNOTATIONS)")
+	$(VENV)/bin/python -m benchmarks.tempo_calibration
 	$(VENV)/bin/python -m benchmarks.report
 
 clean: ## Remove the environments; results in dagster_home stay

@@ -18,37 +18,19 @@ import soundfile
 
 from audio_assets.audio.decode import decode
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio
-from audio_assets.cli.synthesis import PITCH_CLASSES, Piece, play
+from audio_assets.cli.synthesis import play
 from audio_assets.features import FEATURE_SETS
+from audio_assets.features.tempo import is_same
 from benchmarks.measure import machine, write_results
+from benchmarks.pieces import INSTRUMENTS, METRES, beat_count, make_piece
+from benchmarks.tempo_calibration import confidence_scores
 from tests.features.signals import sine_of_levels
 
 PIECES, QUICK_PIECES = 120, 2
 SECONDS = 30.0
 
-TEMPO_TOLERANCE = 0.04
-"""Share by which a right tempo may be off (Gouyon et al., 2006)."""
-
 OCTAVES = (1 / 3, 1 / 2, 1, 2, 3)
 """Factors between a right tempo and one that counts another metrical level."""
-
-_DRUMS: Sequence[dict[str, str]] = (
-    {"kick": "x...x...x...x...", "clap": "....x.......x...", "hat": "..x...x...x...x."},
-    {"kick": "x.......x.x.....", "snare": "....x.......x...", "hat": "x.o.x.o.x.o.x.o."},
-    {"kick": "x.........x.....", "snare": "....x.......x...", "hat": "x.x.x.x.x.x.x.x."},
-    {"kick": "x.....x.x.......", "snare": "....x.......x...", "ride": "x...x...x...x..."},
-    {"kick": "x.......x......."},
-    {},
-)
-_BASS = ("x...x...x...x...", "x.....x.x.......", "x..x..x.x..x..x.", "x...............")
-_CHORDS = ((0, 5, 3, 4), (0, 3, 4, 0), (0, 4, 5, 3), (0, 0, 3, 4))
-_INSTRUMENTS = (
-    ("strings", "synth bass", "lead"),
-    ("piano", "picked bass", "flute"),
-    ("electric piano", "sub bass", "guitar"),
-    ("organ", "picked bass", "chip"),
-    ("guitar", "picked bass", "flute"),
-)
 
 
 @dataclass(frozen=True)
@@ -65,12 +47,15 @@ class Truth:
         Tonic and scale, for instance ``F# minor``.
     tuning_hz : float, optional
         Frequency of A4 (Hz).
+    kind : str, optional
+        What kind of music it is.
     """
 
     bpm: float | None = None
     beats: Sequence[float] = ()
     key: str | None = None
     tuning_hz: float | None = None
+    kind: str | None = None
 
 
 @dataclass
@@ -78,6 +63,8 @@ class Found:
     """What a program says of a file; None or empty where it says nothing."""
 
     bpm: float | None = None
+    bpm_second: float | None = None
+    bpm_confidence: float | None = None
     beats: Sequence[float] = ()
     key: str | None = None
     tuning_hz: float | None = None
@@ -89,7 +76,7 @@ class Found:
 
 
 def make_pieces(directory: Path, count: int) -> Iterator[tuple[Path, Truth]]:
-    """Play pieces in 4/4 over tempi, keys, tunings, swing, drums, instruments and levels."""
+    """Play pieces over tempi, metres, keys, tunings, swing, drums, instruments and levels."""
     rng = random.Random(7)
     tempi = np.linspace(52, 196, count)
     rng.shuffle(tempi)
@@ -98,24 +85,22 @@ def make_pieces(directory: Path, count: int) -> Iterator[tuple[Path, Truth]]:
         # Played at another rate than the file states, a piece is faster and higher.
         rate = round(SAMPLE_RATE / 2 ** (cents / 1200))
         faster = SAMPLE_RATE / rate
-        piece = Piece(
-            seed=number,
-            bpm=float(tempo) / faster,
-            key=PITCH_CLASSES[number % 12],
-            scale=("major", "minor")[number // 12 % 2],
-            bars=max(4, round(SECONDS * tempo / 240)),
-            chords=rng.choice(_CHORDS),
-            drums=_DRUMS[number % len(_DRUMS)],
-            bass=rng.choice(_BASS),
-            instruments=rng.choice(_INSTRUMENTS),
-            swing=rng.choice([0, 0, 0.33, 0.6]),
-            room=rng.choice([0.2, 0.6, 1.8]),
-            level=rng.choice([0.1, 0.5, 0.9]),
-        )
+        metre = rng.choice(["4/4", "4/4", "3/4", "6/8"])
+        drums, instruments = rng.choice(METRES[metre].drums), rng.choice(INSTRUMENTS)
+        piece = make_piece(rng, number, tempo / faster, SECONDS, metre, drums, instruments)
         path = directory / f"{number:03}.flac"
         soundfile.write(path, play(piece, rate), SAMPLE_RATE)
-        beats = np.arange(4 * piece.bars) * 60 / tempo
-        yield path, Truth(float(tempo), beats.tolist(), f"{piece.key} {piece.scale}", 440 * faster)
+        beats = np.arange(beat_count(piece)) * 60 / tempo
+        yield (
+            path,
+            Truth(
+                float(tempo),
+                beats.tolist(),
+                f"{piece.key} {piece.scale}",
+                440 * faster,
+                f"{metre}, {'drums' if drums else 'no drums'}",
+            ),
+        )
 
 
 def _peak(divisor: int, degrees: float, gain: float) -> np.ndarray:
@@ -207,6 +192,8 @@ def _extracted(extract: str) -> Callable[[Path, Path], Found]:
         rhythm, key = rows["rhythm"], rows["key"]
         return Found(
             bpm=rhythm["bpm"],
+            bpm_second=rhythm["bpm_second"],
+            bpm_confidence=rhythm["bpm_confidence"],
             beats=rhythm["beats"],
             key=f"{key['key']} {key['scale']}" if key["key"] else None,
             tuning_hz=rows["chroma"]["tuning_hz"],
@@ -221,7 +208,7 @@ def _mixxx(path: Path, scratch: Path) -> Found:
     import mixxx_analyzer
 
     result = mixxx_analyzer.analyze(str(path))
-    return Found(result.bpm, result.beatgrid, result.key or None, lufs=result.lufs)
+    return Found(result.bpm, beats=result.beatgrid, key=result.key or None, lufs=result.lufs)
 
 
 def _sonara(path: Path, scratch: Path) -> Found:
@@ -232,8 +219,8 @@ def _sonara(path: Path, scratch: Path) -> Found:
     )
     return Found(
         result["bpm"],
-        sonara.frames_to_time(np.asarray(result["beats"]), sr=22050, hop_length=512),
-        result["key"],
+        beats=sonara.frames_to_time(np.asarray(result["beats"]), sr=22050, hop_length=512),
+        key=result["key"],
         lufs=result["loudness_lufs"],
         extra={
             "true_peak_dbtp": result["true_peak_db"],
@@ -256,11 +243,18 @@ PROGRAMS: Mapping[str, Callable[[Path, Path], Found]] = {
 def scores(pairs: Sequence[tuple[Truth, Found]]) -> dict[str, float | None]:
     """Return a program's scores, each over the files whose truth is known.
 
-    tempo, tempo_any_octave : share of files within `TEMPO_TOLERANCE`, and within it of a multiple
-    or fraction; beat_f_measure, beat_cmlt, beat_amlt, key_score : means of mir_eval's measures;
+    tempo, tempo_or_second, tempo_any_octave : share of files within 4 %, with the
+    second candidate too, and within it of a multiple or fraction; confidence_brier,
+    confidence_auc : Brier score of the probability that the tempo is right, and area under its ROC
+    curve; beat_f_measure, beat_cmlt, beat_amlt, key_score : means of mir_eval's measures;
     tuning_error_cents : the median.
     """
-    tempi = [(truth.bpm, found.bpm) for truth, found in pairs if truth.bpm]
+    tempi = [(truth.bpm, found) for truth, found in pairs if truth.bpm]
+    confident = [
+        (_is_near(found.bpm, truth), found.bpm_confidence)
+        for truth, found in tempi
+        if found.bpm_confidence is not None
+    ]
     beats = [
         mir_eval.beat.evaluate(np.asarray(truth.beats), np.asarray(found.beats))
         for truth, found in pairs
@@ -277,10 +271,16 @@ def scores(pairs: Sequence[tuple[Truth, Found]]) -> dict[str, float | None]:
         if truth.tuning_hz and found.tuning_hz
     ]
     return {
-        "tempo": _mean(_is_near(found, truth) for truth, found in tempi),
-        "tempo_any_octave": _mean(
-            any(_is_near(found, factor * truth) for factor in OCTAVES) for truth, found in tempi
+        "tempo": _mean(_is_near(found.bpm, truth) for truth, found in tempi),
+        "tempo_or_second": _mean(
+            _is_near(found.bpm, truth) or _is_near(found.bpm_second, truth)
+            for truth, found in tempi
+            if found.bpm_confidence is not None
         ),
+        "tempo_any_octave": _mean(
+            any(_is_near(found.bpm, factor * truth) for factor in OCTAVES) for truth, found in tempi
+        ),
+        **{f"confidence_{name}": score for name, score in confidence_scores(confident).items()},
         "beat_f_measure": _mean(score["F-measure"] for score in beats),
         "beat_cmlt": _mean(score["Correct Metric Level Total"] for score in beats),
         "beat_amlt": _mean(score["Any Metric Level Total"] for score in beats),
@@ -289,8 +289,27 @@ def scores(pairs: Sequence[tuple[Truth, Found]]) -> dict[str, float | None]:
     }
 
 
+def tempo_by_kind(pairs: Mapping[str, Sequence[tuple[Truth, Found]]]) -> dict[str, Any]:
+    """Return how many files there are of each kind of music, and each program's right tempi."""
+    kinds = {truth.kind for truth, _ in pairs["primary"] if truth.kind and truth.bpm}
+    return {
+        kind: {
+            "files": sum(truth.kind == kind for truth, _ in pairs["primary"]),
+            "tempo": {
+                name: _mean(
+                    _is_near(found.bpm, truth.bpm)
+                    for truth, found in of_program
+                    if truth.kind == kind
+                )
+                for name, of_program in pairs.items()
+            },
+        }
+        for kind in sorted(kinds)
+    }
+
+
 def _is_near(found: float | None, truth: float) -> bool:
-    return found is not None and abs(found - truth) <= TEMPO_TOLERANCE * truth
+    return found is not None and is_same(found, truth)
 
 
 def _mean(values: Any) -> float | None:
@@ -332,6 +351,7 @@ def main() -> None:
             results["collections"][collection] = {
                 "files": len(files),
                 "scores": {name: scores(pairs[name]) for name in names},
+                "kinds": tempo_by_kind(pairs),
                 "tempi": {
                     name: [(truth.bpm, found.bpm) for truth, found in pairs[name]] for name in names
                 },

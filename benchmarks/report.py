@@ -190,7 +190,10 @@ _PROGRAMS = {
 }
 _SCORES = {
     "tempo": "tempo within 4 %",
-    "tempo_any_octave": "… or a multiple or fraction of it",
+    "tempo_or_second": "… or the second candidate is",
+    "tempo_any_octave": "… or a multiple or fraction of it is",
+    "confidence_brier": "confidence of the tempo: Brier score",
+    "confidence_auc": "confidence of the tempo: area under the ROC curve",
     "beat_f_measure": "beats: F-measure",
     "beat_cmlt": "beats: CMLt",
     "beat_amlt": "beats: AMLt",
@@ -210,6 +213,15 @@ def accuracy_section(results: Mapping[str, Any]) -> str:
         ]
         header = (f"{collection}, {found['files']} files", *(_PROGRAMS[name] for name in names))
         parts.append(table(header, rows))
+        rows = [
+            (kind, of_kind["files"], *(figure(of_kind["tempo"][name], digits=2) for name in names))
+            for kind, of_kind in sorted(
+                found["kinds"].items(), key=lambda item: item[1]["tempo"]["primary"]
+            )
+        ]
+        if rows:
+            header = ("tempo within 4 %, worst first", "files", *(_PROGRAMS[n] for n in names))
+            parts.append(table(header, rows))
     parts.append("![Tempo found against the truth](images/benchmark-accuracy.svg)")
     if errors := results.get("loudness_errors"):
         rows = [
@@ -219,6 +231,36 @@ def accuracy_section(results: Mapping[str, Any]) -> str:
         header = ("error of the EBU's test signals (LU or dB)", *(_PROGRAMS[n] for n in errors))
         parts.append(table(header, rows))
     return "\n\n".join(parts)
+
+
+def confidence_section(results: Mapping[str, Any]) -> str:
+    """Return the section on the probabilities that tempi are right."""
+    scores = results["scores"]
+    rows = [
+        (
+            kind["kind"],
+            kind["sounds"],
+            figure(100 * kind["right"] / kind["sounds"], " %", 0),
+            figure(100 * kind["confidence"], " %", 0),
+            figure(100 * kind["second_right"] / kind["sounds"], " %", 0),
+        )
+        for kind in results["kinds"]
+    ]
+    header = ("", "sounds", "`bpm` is right", "mean `bpm_confidence`", "`bpm_second` is right")
+    return "\n\n".join(
+        [
+            "## Confidence of tempi",
+            f"`python -m benchmarks.tempo_calibration`. {about(results)}",
+            "`bpm_confidence` is calibrated on **synthesized sounds only**, since no annotated "
+            f"recordings were at hand. On {results['sounds']} other such sounds, of other drum "
+            "patterns and instruments and many of them hard on purpose: "
+            f"Brier score {figure(scores['brier'], digits=3)}, expected calibration error "
+            f"{figure(scores['calibration_error'], digits=3)}, area under the ROC curve "
+            f"{figure(scores['auc'], digits=3)}.",
+            table(header, rows),
+            "![Share of right tempi by confidence](images/benchmark-confidence.svg)",
+        ]
+    )
 
 
 def compare_section(results: Mapping[str, Any]) -> str:
@@ -408,6 +450,14 @@ def plot(found: Mapping[str, Mapping[str, Any]], images: Path) -> None:
             panel.set_ylim(30, 260)
         panels[0].set_ylabel("bpm found")
         save("accuracy")
+    if "tempo-calibration" in found:
+        means, shares, sizes = zip(*found["tempo-calibration"]["reliability"], strict=True)
+        pyplot.figure(figsize=(3.6, 3.2))
+        pyplot.plot([0, 1], [0, 1], color=_INK, linewidth=0.5)
+        pyplot.scatter(means, shares, s=sizes, color=_ACCENT)
+        pyplot.xlabel("bpm_confidence, mean of a tenth of its range\n(area: number of sounds)")
+        pyplot.ylabel("share of right tempi")
+        save("confidence")
     if "speed-compare" in found:
         parts = [
             (what, [(CONTESTANTS[n], n, systems[n]) for n in CONTESTANTS if n in systems])
@@ -451,6 +501,7 @@ SECTIONS = {
     "faults": faults_section,
     "damage": damage_section,
     "accuracy": accuracy_section,
+    "tempo-calibration": confidence_section,
     "speed-compare": compare_section,
     "speed-orchestration": orchestration_section,
     "speed-layer": layer_section,

@@ -109,6 +109,26 @@ def beat_functions(audio: Audio) -> BeatFunctions:
     )
 
 
+def periodicity(functions: BeatFunctions) -> NDArray[np.float64]:
+    """Return the mean autocorrelation of the functions, at lags of 0 to 511 times `HOP_SIZE`.
+
+    Their means are subtracted first. It is 1 at lag 0; a function that is constant adds nothing.
+    """
+    lags = np.arange(_LAGS)
+    correlations = []
+    for function, hops in (
+        (functions.complex_difference, 2),
+        (functions.energy_flux, 2),
+        (functions.mel_flux, 2),
+        (functions.beat_emphasis, 1),
+        (functions.information_gain, 1),
+    ):
+        correlation = _autocorrelation(function - function.mean())
+        if correlation[0] > 0:
+            correlations.append(np.interp(lags / hops, lags, correlation / correlation[0]))
+    return np.mean(correlations, axis=0) if correlations else np.zeros(_LAGS)
+
+
 def onset_functions(audio: Audio) -> Samples:
     """Compute the two functions of OnsetRate, of frames of 1024 samples every 512 samples.
 

@@ -1,6 +1,7 @@
 """Tempo, beats and onsets."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -14,27 +15,49 @@ from audio_assets.features.onset_functions import (
     BeatFunctions,
     beat_functions,
     onset_functions,
+    periodicity,
 )
 from audio_assets.features.pictures import curve
 from audio_assets.features.statistics import is_silent, mono_is_silent, weighted_mean
+from audio_assets.features.tempo import TEMPI, is_same, is_tempo, judge_tempo
 
 _FRAME_S = 2048 / SAMPLE_RATE
-_TEMPO_TOLERANCE = 5.0
-_TEMPI = (35.0, 213.0)
-"""Essentia tracks 40 to 208 beats per minute; the mean of the tempi may lie beside that."""
-_LEAST_BEATS = 4
+
+
+@dataclass(frozen=True)
+class Tracked:
+    """What the beat trackers find.
+
+    Parameters
+    ----------
+    beats : ndarray, shape (beats,)
+        Times (s) by the tracker that agrees best with the others.
+    agreement : float
+        How well the trackers agree.
+    by_tracker : sequence of ndarray
+        The beats of each tracker.
+    """
+
+    beats: Samples
+    agreement: float
+    by_tracker: Sequence[Samples]
 
 
 def _extract(audio: Audio) -> Row:
     if mono_is_silent(audio):
-        return _row(0.0, None, [], 0.0)
-    beats, confidence = _track_beats(beat_functions(audio))
+        return _row([], 0.0)
+    functions = beat_functions(audio)
+    tracked = track_beats(functions)
     onsets = essentia().Onsets()(onset_functions(audio), [1, 1])
-    return _row(_tempo(beats), confidence, beats.tolist(), len(onsets) / audio.duration_s)
+    beats, onset_rate = tracked.beats.tolist(), len(onsets) / audio.duration_s
+    tempo = judge_tempo(tracked.beats, tracked.by_tracker, periodicity(functions))
+    if tempo is None:
+        return _row(beats, onset_rate)
+    return _row(beats, onset_rate, tempo.bpm, tempo.confidence, tempo.second, tracked.agreement)
 
 
-def _track_beats(functions: BeatFunctions) -> tuple[Samples, float]:
-    """Return the beats (s) of the tracker that agrees best with the others, and the agreement.
+def track_beats(functions: BeatFunctions) -> Tracked:
+    """Track the beats of each function and elect one of the trackers.
 
     A beat tracker follows each function (Degara et al., 2012); the agreement of their beats is
     that of Zapata et al. (2012). The trackers are Essentia's.
@@ -48,30 +71,16 @@ def _track_beats(functions: BeatFunctions) -> tuple[Samples, float]:
         def configure(self) -> None:
             """Keep the histogram of beat errors, to which each call adds its bins once more."""
 
-    beats, confidence = Agreement()(
-        [
-            track_double_hop(functions.complex_difference),
-            track_double_hop(functions.energy_flux),
-            track_double_hop(functions.mel_flux),
-            track(functions.beat_emphasis),
-            track(functions.information_gain),
-        ]
-    )
+    by_tracker = [
+        track_double_hop(functions.complex_difference),
+        track_double_hop(functions.energy_flux),
+        track_double_hop(functions.mel_flux),
+        track(functions.beat_emphasis),
+        track(functions.information_gain),
+    ]
+    beats, agreement = Agreement()(by_tracker)
     # Essentia loses a beat that is the only one.
-    return (beats if len(beats) > 1 else beats[:0]), confidence
-
-
-def _tempo(beats: Samples) -> float:
-    """Return the mean of the tempi from beat to beat within 5 of the most frequent one.
-
-    Tempi are counted in bins of 2 beats per minute.
-    """
-    if len(beats) < 2:
-        return 0.0
-    tempi = np.float32(60) / np.diff(beats)
-    most_frequent = 2 * np.argmax(np.bincount((tempi / 2 + 0.5).astype(int)))
-    near = tempi[np.abs(tempi - most_frequent) < _TEMPO_TOLERANCE]
-    return float(near.mean() if len(near) else most_frequent)
+    return Tracked(beats if len(beats) > 1 else beats[:0], agreement, by_tracker)
 
 
 def _extract_alternative(audio: Audio) -> Row:
@@ -79,7 +88,7 @@ def _extract_alternative(audio: Audio) -> Row:
 
     samples = audio.mono()
     if is_silent(samples):
-        return _row(0.0, None, [], 0.0)
+        return _row([], 0.0)
     envelope = librosa.onset.onset_strength(y=samples, sr=SAMPLE_RATE, hop_length=HOP_SIZE)
     tempo, beats = librosa.beat.beat_track(
         onset_envelope=envelope, sr=SAMPLE_RATE, hop_length=HOP_SIZE, units="time"
@@ -87,15 +96,25 @@ def _extract_alternative(audio: Audio) -> Row:
     onsets = librosa.onset.onset_detect(
         onset_envelope=envelope, sr=SAMPLE_RATE, hop_length=HOP_SIZE
     )
-    return _row(float(np.max(tempo)), None, beats.tolist(), len(onsets) / audio.duration_s)
+    bpm = float(np.max(tempo))
+    return _row(
+        beats.tolist(), len(onsets) / audio.duration_s, bpm if is_tempo(bpm, beats) else None
+    )
 
 
-def _row(bpm: float, confidence: float | None, beats: list[float], onset_rate: float) -> Row:
-    lowest, highest = _TEMPI
-    found = lowest <= bpm <= highest and len(beats) >= _LEAST_BEATS
+def _row(
+    beats: list[float],
+    onset_rate: float,
+    bpm: float | None = None,
+    bpm_confidence: float | None = None,
+    bpm_second: float | None = None,
+    beat_confidence: float | None = None,
+) -> Row:
     return {
-        "bpm": float(bpm) if found else None,
-        "beat_confidence": float(confidence) if found and confidence is not None else None,
+        "bpm": bpm,
+        "bpm_confidence": bpm_confidence,
+        "bpm_second": bpm_second,
+        "beat_confidence": beat_confidence,
         "beats_count": len(beats),
         "beats": beats,
         "onset_rate": float(onset_rate),
@@ -105,19 +124,29 @@ def _row(bpm: float, confidence: float | None, beats: list[float], onset_rate: f
 def _combine(rows: Sequence[Row], durations: Sequence[float]) -> Row:
     starts = list(accumulate(durations, initial=0.0))[:-1]
     beats = [start + beat for start, row in zip(starts, rows, strict=True) for beat in row["beats"]]
+    bpm = _weighted_median([row["bpm"] for row in rows], durations)
+    # A block with another tempo speaks against this one.
+    agrees = [bpm is not None and is_same(row["bpm"] or 0.0, bpm) for row in rows]
+    confidences = [
+        row["bpm_confidence"] if same or row["bpm_confidence"] is None else 0.0
+        for same, row in zip(agrees, rows, strict=True)
+    ]
+    seconds = [row["bpm_second"] if same else None for same, row in zip(agrees, rows, strict=True)]
     return _row(
-        _weighted_median([row["bpm"] for row in rows], durations),
-        weighted_mean((row["beat_confidence"] for row in rows), durations),
         beats,
         weighted_mean((row["onset_rate"] for row in rows), durations) or 0.0,
+        bpm,
+        weighted_mean(confidences, durations),
+        _weighted_median(seconds, durations),
+        weighted_mean((row["beat_confidence"] for row in rows), durations),
     )
 
 
-def _weighted_median(values: Sequence[float | None], weights: Sequence[float]) -> float:
-    """Return the value at which half of the weight is reached; 0 if all are None."""
+def _weighted_median(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
+    """Return the value at which half of the weight is reached; None if all are None."""
     known = sorted((v, w) for v, w in zip(values, weights, strict=True) if v is not None)
     if not known:
-        return 0.0
+        return None
     reached = np.cumsum([weight for _, weight in known])
     return known[int(np.searchsorted(reached, reached[-1] / 2))][0]
 
@@ -146,8 +175,10 @@ FEATURE_SET = FeatureSet(
         "Tempo and beats by the multi-feature beat tracker (Zapata, Davies and Gómez, IEEE/ACM "
         "TASLP 2014), as Essentia's RhythmExtractor2013 has them, onset rate by high-frequency "
         "content and complex-domain onset detection (Bello et al., 2005). The alternative tracks "
-        "beats by dynamic programming (Ellis, 2007) and knows no confidence. Analysis in blocks "
-        "takes the median tempo, weighted by duration; beats near a block's edge may be missed."
+        "beats by dynamic programming (Ellis, 2007) and says neither how sure it is nor what else "
+        "the tempo may be. Analysis in blocks "
+        "takes the median tempo, weighted by duration; a block with another tempo has a "
+        "probability of 0, and beats near a block's edge may be missed."
     ),
     columns=(
         Column(
@@ -155,8 +186,16 @@ FEATURE_SET = FeatureSet(
             "DOUBLE",
             "Tempo; NULL where fewer than four beats are found, or they have no tempo in the range",
             "1/min",
-            *_TEMPI,
+            *TEMPI,
         ),
+        Column(
+            "bpm_confidence",
+            "DOUBLE",
+            "Probability that bpm is within 4 % of the true tempo, calibrated on synthesized music",
+            low=0,
+            high=1,
+        ),
+        Column("bpm_second", "DOUBLE", "What the tempo may be if it is not bpm", "1/min", *TEMPI),
         Column(
             "beat_confidence",
             "DOUBLE",
@@ -182,7 +221,7 @@ FEATURE_SET = FeatureSet(
     picture=_picture,
     contradiction=_contradiction,
     headline="bpm",
-    plotted=("bpm", "beat_confidence", "onset_rate"),
+    plotted=("bpm", "bpm_confidence", "beat_confidence", "onset_rate"),
     position=80,
-    code_version="2",
+    code_version="3",
 )

@@ -224,8 +224,9 @@ def jams(of_metadata: Row, of_rhythm: Row, of_key: Row, of_musicnn: Row) -> dict
     if of_rhythm["bpm"] is not None:
         # Of several tempi the confidence is the share, as in MIREX.
         data = [observed(of_rhythm["bpm"], 1.0)]
-        confidence = of_rhythm["beat_confidence"]
-        annotations.append(annotation("tempo", of_rhythm, data, beat_confidence=confidence))
+        names = ("bpm_confidence", "bpm_second", "beat_confidence")
+        more = {name: of_rhythm[name] for name in names}
+        annotations.append(annotation("tempo", of_rhythm, data, **more))
     if of_rhythm["beats"]:
         data = [observed(None, None, time) for time in of_rhythm["beats"]]
         annotations.append(annotation("beat", of_rhythm, data))

@@ -73,7 +73,7 @@ _TRACKS = (
         "Year of the tagged date",
     ),
     *_same("metadata", "genre", "duration_s", "container", "codec"),
-    *_same("rhythm", "bpm", "beat_confidence"),
+    *_same("rhythm", "bpm", "bpm_confidence", "beat_confidence"),
     *_same("key", "key", "scale", "camelot"),
     Derived("key_strength", "key", "strength"),
     *_same("loudness", "integrated_lufs", "loudness_range_lu", "true_peak_dbtp"),

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.tempo_calibration import confidence_scores
 from tests.conftest import PROJECT
 
 
@@ -70,6 +71,27 @@ def test_drift(results: Path) -> None:
     command("drift", "--quick", "--results", str(results))
     found = json.loads((results / "drift.json").read_text())
     assert (len(found["quiet_evidence"]), found["found_after_cells"]) == (2, {})
+
+
+@pytest.mark.slow
+def test_tempo_calibration(results: Path) -> None:
+    command("tempo_calibration", "--quick", "--results", str(results))
+    found = json.loads((results / "tempo-calibration.json").read_text())
+    assert sum(kind["sounds"] for kind in found["kinds"]) == found["sounds"] > 0
+    assert sum(size for *_, size in found["reliability"]) == found["sounds"]
+
+
+def test_scores_of_probabilities() -> None:
+    assert confidence_scores([(True, 1.0), (False, 0.0)]) == {
+        "brier": 0,
+        "calibration_error": 0,
+        "auc": 1,
+    }
+    scores = confidence_scores([(True, 0.3), (False, 0.3), (False, 0.9)])
+    assert scores["brier"] == pytest.approx((0.49 + 0.09 + 0.81) / 3)
+    assert scores["calibration_error"] == pytest.approx((2 * 0.2 + 0.9) / 3)
+    assert scores["auc"] == 0.25
+    assert confidence_scores([]) == {"brier": None, "calibration_error": None, "auc": None}
 
 
 @pytest.mark.slow

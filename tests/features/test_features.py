@@ -282,6 +282,18 @@ def test_known_music(make_audio: MakeAudio, music: Samples) -> None:
     assert (key["key"], key["scale"], key["camelot"]) == ("C", "major", "8B")
 
 
+def test_a_sure_tempo_is_told_from_noise(make_audio: MakeAudio, music: Samples) -> None:
+    feature_set = FEATURE_SETS["rhythm"]
+    sure, doubtful = (
+        feature_set.extract(make_audio(samples)) for samples in (music, rhythmic_inputs()["noise"])
+    )
+    assert sure["bpm_confidence"] > 0.85
+    assert sure["bpm_second"] == pytest.approx(60, abs=1)
+    assert doubtful["bpm_confidence"] < 0.3
+    alternative = feature_set.extract_alternative(make_audio(music))
+    assert alternative["bpm_confidence"] is alternative["bpm_second"] is None
+
+
 def test_loudness_of_the_ebu_test_tone(make_audio: MakeAudio) -> None:
     # EBU Tech 3341, test case 1: a stereo sine of 1 kHz at -23 dBFS measures -23 LUFS. In one
     # channel alone, and so in a mono file, it measures 3.01 LU less.
@@ -494,6 +506,21 @@ class TestBlocks:
         assert np.median(distances) < 0.05
         assert max(joined["beats"]) > 11
 
+    def test_tempi_of_blocks_that_differ_make_it_doubtful(self) -> None:
+        blocks = [
+            FEATURE_SETS["rhythm"].empty_row
+            | {"bpm": bpm, "bpm_confidence": confidence, "bpm_second": second}
+            | {"beats": [0.0] if bpm else [], "beats_count": 1 if bpm else 0, "onset_rate": 1.0}
+            for bpm, confidence, second in (
+                *((120.0, 0.9, 60.0), (121.0, 0.9, 60.5), (121.0, 0.9, 181.0)),
+                *((180.0, 0.6, 90.0), (None, None, None)),
+            )
+        ]
+        row = FEATURE_SETS["rhythm"].combine(blocks, [30.0, 30.0, 30.0, 10.0, 300.0])
+
+        assert (row["bpm"], row["bpm_second"]) == (121.0, 60.5)
+        assert row["bpm_confidence"] == pytest.approx(0.81)
+
     def test_key_and_danceability(self, make_audio: MakeAudio, music: Samples) -> None:
         whole, joined = self.combined("key", make_audio(music), 10.0)
         assert (joined["key"], joined["scale"]) == (whole["key"], whole["scale"])
@@ -560,6 +587,8 @@ def test_feature_set_with_columns_that_do_not_fit_is_refused() -> None:
     [
         ({"bpm": 5168.0}, "bpm is 5168, its range is 35 to 213"),
         ({"bpm": float("nan")}, "bpm is nan"),
+        ({"bpm_confidence": 1.1}, "bpm_confidence is 1.1, its range is 0 to 1"),
+        ({"bpm_second": 240.0}, "bpm_second is 240, its range is 35 to 213"),
         ({"bpm": np.float32("nan")}, "bpm is nan"),
         ({"beats": [0.5, float("inf")]}, "beats is inf"),
         ({"beats": np.array([-0.5, 0.5])}, "beats is -0.5, its range is ≥ 0"),
@@ -571,6 +600,8 @@ def test_feature_set_with_columns_that_do_not_fit_is_refused() -> None:
 def test_implausible_rows_are_refused(values: Row, said: str) -> None:
     sound: Row = {
         "bpm": 120.0,
+        "bpm_confidence": 0.9,
+        "bpm_second": 60.0,
         "beat_confidence": 3.0,
         "beats_count": 3,
         "beats": [0.5, 1.0, 1.5],

@@ -52,6 +52,7 @@ def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
             match feature_set.name:
                 case "rhythm":
                     row["bpm"] = 90.0 + 10 * (number // 2) + 0.5 * (number % 2)
+                    row["bpm_confidence"] = 0.25 if number in (3, 9) else 0.75
                 case "key":
                     row["camelot"] = CAMELOT[number % len(CAMELOT)]
                 case "loudness":
@@ -127,6 +128,12 @@ def test_nearest_neighbours(warehouse: Path) -> None:
     assert nearest["music/track 05.flac"] == "music/track 04.flac"
 
 
+def test_doubtful_tempi(warehouse: Path) -> None:
+    doubtful = example(warehouse, "doubtful_tempi")
+    assert list(doubtful["file_key"]) == ["music/track 03.flac", "music/track 09.flac"]
+    assert set(doubtful["right_percent"]) == {25}
+
+
 def test_loudness_outliers(warehouse: Path) -> None:
     outliers = example(warehouse, "loudness_outliers")
     assert list(outliers["file_key"]) == ["music/track 07.flac", "music/track 08.flac"]
@@ -181,8 +188,15 @@ def test_tracks_show_the_headline_of_each_feature_set(warehouse: Path) -> None:
     tracks = queried(warehouse, "FROM features.tracks")
     assert len(tracks) == TRACKS + 2
     shown = {"title", "artist", "album", "year", "genre", "duration_s", "container", "codec"}
-    shown |= {"bpm", "beat_confidence", "key", "scale", "camelot", "danceability", "top_tags"}
-    shown |= {"integrated_lufs", "loudness_range_lu", "true_peak_dbtp", "mfcc_mean"}
+    shown |= {"bpm", "bpm_confidence", "beat_confidence", "key", "scale", "camelot"}
+    shown |= {
+        "danceability",
+        "top_tags",
+        "integrated_lufs",
+        "loudness_range_lu",
+        "true_peak_dbtp",
+        "mfcc_mean",
+    }
     assert shown <= set(tracks)
 
 

@@ -20,6 +20,9 @@ QUEUE_S = 45.0
 CLOCK_S = 60.0
 """A time this far in the future says that a clock was changed (s)."""
 
+_UNREACHABLE = "DagsterUserCodeUnreachableError"
+"""In the errors of ticks while a code location is not loaded: one cause for all of them."""
+
 _START = "start Dagster's daemon: `make dev`, or its service"
 
 
@@ -72,8 +75,22 @@ def _not_running(queued: list[Run], newest: float | None, now: float) -> Finding
 
 
 def _late_ticks(storage: DagsterStorage, now: float) -> Iterator[Finding]:
-    for instigator in storage.instigators():
+    instigators = storage.instigators()
+    unreachable = [each for each in instigators if _UNREACHABLE in (each.error or "")]
+    if unreachable:
+        yield Finding(
+            "ticks",
+            Severity.DEGRADED,
+            "The code location cannot be reached: its sensors and schedules do not tick",
+            f"{len(unreachable)} of {len(instigators)}, as {unreachable[0].name}",
+            "nothing, if it was just loaded; else look at Deployment in Dagster, and reload it",
+            since=min((at(e.failed_since) for e in unreachable if e.failed_since), default=None),
+            subject="code location",
+        )
+    for instigator in instigators:
         name, ticked_at = instigator.name, instigator.ticked_at
+        if instigator in unreachable:
+            continue
         if instigator.error:
             yield Finding(
                 "ticks",

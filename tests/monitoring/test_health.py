@@ -12,6 +12,7 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
+from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.remote_origin import (
     RegisteredCodeLocationOrigin,
     RemoteInstigatorOrigin,
@@ -103,20 +104,26 @@ def started(instance: dg.DagsterInstance, kind: str) -> str:
     return run.run_id
 
 
-def tick(instance: dg.DagsterInstance, seconds: float, status: TickStatus) -> None:
+def tick(
+    instance: dg.DagsterInstance,
+    seconds: float,
+    status: TickStatus,
+    name: str = "publish",
+    message: str = "no disk\nat line 1",
+) -> None:
     """Have a sensor tick."""
-    origin = RemoteInstigatorOrigin(REPOSITORY, "publish")
+    origin = RemoteInstigatorOrigin(REPOSITORY, name)
     data = SensorInstigatorData(seconds, min_interval=60, last_tick_start_timestamp=seconds)
     state = InstigatorState(origin, InstigatorType.SENSOR, InstigatorStatus.DECLARED_IN_CODE, data)
     if instance.get_instigator_state(origin.get_id(), state.selector_id):
         instance.update_instigator_state(state)
     else:
         instance.add_instigator_state(state)
-    error = SerializableErrorInfo("no disk\nat line 1", [], "OSError")
+    error = SerializableErrorInfo(message, [], "OSError")
     instance.create_tick(
         TickData(
             instigator_origin_id=origin.get_id(),
-            instigator_name="publish",
+            instigator_name=name,
             instigator_type=InstigatorType.SENSOR,
             status=status,
             timestamp=seconds,
@@ -171,6 +178,19 @@ def test_systemd_is_told_while_the_daemon_lives(
         beat(instance, time.time())
         watch(1)
         assert systemd.recv(100) == b"WATCHDOG=1"
+
+
+def test_a_code_location_that_is_not_loaded_is_one_finding(instance: dg.DagsterInstance) -> None:
+    now = time.time()
+    beat(instance, now)
+    for name in ("publish", "reconcile"):
+        message = (
+            f"{DagsterUserCodeUnreachableError.__name__}: Unable to reach the server for {name}"
+        )
+        tick(instance, now - 60, TickStatus.FAILURE, name, message)
+    [finding] = check_daemon(now)
+    assert (finding.check, finding.subject) == ("ticks", "code location")
+    assert finding.since == datetime.fromtimestamp(now - 60, UTC)
 
 
 def test_ticks_that_fail_or_do_not_come_are_named(instance: dg.DagsterInstance) -> None:

@@ -427,6 +427,7 @@ class WorkerPool:
         usable = True
         try:
             reply = self._supervise(worker, progress)
+            progress.active_seconds = reply.active_seconds
             if reply.kind is Kind.ERROR:
                 failure = reply.payload.unpack()
             else:

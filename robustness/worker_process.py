@@ -4,12 +4,14 @@ import fcntl
 import os
 import pickle
 import signal
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from robustness.memory import offer_to_oom_killer
@@ -137,10 +139,14 @@ class Kind(Enum):
 
 
 class Message(NamedTuple):
-    """A message from a worker; the payload is a stage's name, a result, or a `RaisedError`."""
+    """A message from a worker; the payload is a stage's name, a result, or a `RaisedError`.
+
+    With the last two comes the time that the task took, without that in which no core was free.
+    """
 
     kind: Kind
     payload: Any = None
+    active_seconds: float | None = None
 
 
 class Request(NamedTuple):
@@ -204,6 +210,7 @@ def worker_main(
 def _serve(connection: Connection, data: bytes) -> bytes:
     """Run a pickled `Request` and return the pickled `Message` that answers it."""
     global _report
+    watch = _Stopwatch()
     try:
         request: Request = pickle.loads(data)
 
@@ -213,11 +220,34 @@ def _serve(connection: Connection, data: bytes) -> bytes:
             connection.send_bytes(pickled(Message(Kind.STAGE, name)))
 
         _report = report
-        return pickled(Message(Kind.RESULT, request.fn(*request.args)))
+        result = request.fn(*request.args)
+        return pickled(Message(Kind.RESULT, result, watch.seconds()))
     except BaseException as error:  # noqa: BLE001 - a task may not end its worker by raising
-        return pickled(Message(Kind.ERROR, RaisedError.pack(error)))
+        return pickled(Message(Kind.ERROR, RaisedError.pack(error), watch.seconds()))
     finally:
         _report = None
+
+
+class _Stopwatch:
+    """Measures time from now on, without that in which this process has no core and wants one."""
+
+    def __init__(self) -> None:
+        self._began, self._waited = time.monotonic(), _core_wait_seconds()
+
+    def seconds(self) -> float:
+        """Return the time so far (s)."""
+        seconds, waited = time.monotonic() - self._began, _core_wait_seconds()
+        if waited is None or self._waited is None:
+            return seconds
+        return seconds - (waited - self._waited)
+
+
+def _core_wait_seconds() -> float | None:
+    """Return for how long this process has waited for a core; None if the kernel does not say."""
+    try:
+        return int(Path("/proc/self/schedstat").read_bytes().split()[1]) / 1e9
+    except (OSError, IndexError):
+        return None
 
 
 def _die_with(lifeline: Connection) -> None:

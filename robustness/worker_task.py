@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import psutil
@@ -124,8 +123,8 @@ class Measurement:
     worker_pid : int
         Process id of the worker.
     core_wait_seconds : float
-        Part of the time in which the worker could have gone on, and no core was free; 0 if the
-        worker died, or the kernel does not count it.
+        Part of the time in which the worker, or the thread that tends it, could have gone on and
+        had no core; 0 if the worker died.
     """
 
     seconds: float
@@ -204,7 +203,7 @@ class Progress:
         self.memory_mib = 0.0
         self._peak_mib = 0.0
         self._cpu_seconds = 0.0
-        self._core_wait_before = _core_wait_seconds(worker_pid)
+        self.active_seconds: float | None = None
         self._busy_at = self._cpu_seen_at = self._started
 
     def enter(self, stage: str) -> None:
@@ -257,19 +256,13 @@ class Progress:
     def measurement(self) -> Measurement:
         """Return what the task took, now that it has ended."""
         self._leave_stage()
-        core_wait = max(_core_wait_seconds(self.worker_pid) - self._core_wait_before, 0.0)
+        seconds = self._entered - self._started
+        active = seconds if self.active_seconds is None else self.active_seconds
+        seconds = max(seconds, active)  # this process may have been late
         return Measurement(
-            seconds=self._entered - self._started,
+            seconds=seconds,
             stage_seconds=self._stage_seconds,
             peak_memory_mib=self._peak_mib,
             worker_pid=self.worker_pid,
-            core_wait_seconds=core_wait,
+            core_wait_seconds=seconds - active,
         )
-
-
-def _core_wait_seconds(pid: int) -> float:
-    """Return for how long a process has been ready to run without a core, since its start."""
-    try:
-        return int(Path(f"/proc/{pid}/schedstat").read_bytes().split()[1]) / 1e9
-    except (OSError, IndexError):
-        return 0.0

@@ -151,6 +151,13 @@ def test_what_computes_keeps_its_core_to_itself(pool: WorkerPool) -> None:
     assert queued.result() in {future.result() for future in busy}
 
 
+def test_waiting_for_a_core_is_measured(pool: WorkerPool) -> None:
+    rivals = [pool.submit(tasks.compute_on_one_core, 0.5, timeout=AMPLE) for _ in range(2)]
+    assert [rival.result() for rival in rivals] == [None, None]
+    taken = [rival.measurement for rival in rivals if rival.measurement]
+    assert sum(each.core_wait_seconds for each in taken) > 0.2 * max(e.seconds for e in taken)
+
+
 @pytest.mark.parametrize(
     ("fault", "arguments", "exitcode", "signal_name"),
     [

@@ -40,6 +40,13 @@ def compute(seconds: float) -> int:
     return os.getpid()
 
 
+def compute_on_one_core(seconds: float) -> None:
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    compute(seconds)
+    os.sched_setaffinity(0, cores)
+
+
 def hang() -> None:
     while True:
         time.sleep(3600)

@@ -252,8 +252,9 @@ def confidence_section(results: Mapping[str, Any]) -> str:
             "## Confidence of tempi",
             f"`python -m benchmarks.tempo_calibration`. {about(results)}",
             "`bpm_confidence` is calibrated on **synthesized sounds only**, since no annotated "
-            f"recordings were at hand. On {results['sounds']} other such sounds, of other drum "
-            "patterns and instruments and many of them hard on purpose: "
+            f"recordings were at hand: on {results['sounds']}, many of them hard on purpose. They "
+            "have two parts, of different drum patterns and instruments; each was scored by "
+            "constants fitted to the other: "
             f"Brier score {figure(scores['brier'], digits=3)}, expected calibration error "
             f"{figure(scores['calibration_error'], digits=3)}, area under the ROC curve "
             f"{figure(scores['auc'], digits=3)}.",

@@ -3,14 +3,14 @@
 python -m benchmarks.tempo_calibration [--quick] [--results DIRECTORY]
 
 Prints the constants of `audio_assets/features/tempo.py`, fitted by logistic regression on
-synthesized sounds whose tempo is known, and scores those that the project has on other sounds, of
-other drum patterns and instruments.
+synthesized sounds whose tempo is known. Scored are the probabilities of each of two parts of the
+sounds, with drum patterns and instruments of its own, by constants fitted to the other part.
 """
 
 import argparse
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +25,9 @@ from audio_assets.features.tempo import Evidence, Tempo, is_same, judge_tempo
 from benchmarks.measure import machine, write_results
 from benchmarks.pieces import INSTRUMENTS, METRES, Drums, make_piece
 
-FITTED, HELD_OUT = 500, 350
+SOUNDS, QUICK_SOUNDS = (500, 350), (8, 8)
+"""Of each part."""
+
 _TEMPI = (45.0, 210.0)
 _MIDDLE_TEMPO, _SPREAD_OCTAVES = 112.0, 0.45
 """True tempi are normally distributed on a logarithmic scale, within a range."""
@@ -228,11 +230,13 @@ def reliability(pairs: Sequence[tuple[bool, float]]) -> list[tuple[float, float,
     ]
 
 
-def fit(cases: Sequence[Case]) -> tuple[float, Evidence]:
-    """Return intercept and weights of a logistic regression."""
-    model = LogisticRegression()
-    model.fit([astuple(case.found.evidence) for case in cases], [case.is_right for case in cases])
-    return float(model.intercept_[0]), Evidence(*map(float, model.coef_[0]))
+def fit(cases: Sequence[Case]) -> LogisticRegression:
+    """Return a regression of what is right on the evidence."""
+    return LogisticRegression().fit(_evidence(cases), [case.is_right for case in cases])
+
+
+def _evidence(cases: Sequence[Case]) -> list[tuple[float, ...]]:
+    return [astuple(case.found.evidence) for case in cases]
 
 
 def main() -> None:
@@ -242,27 +246,30 @@ def main() -> None:
     arguments = parser.parse_args()
     quick = arguments.quick
     about = {"machine": machine(), "quick": quick}
-    intercept, weights = fit(find_tempi(make_sounds(21, 8 if quick else FITTED, part=0)))
-    print(f"_INTERCEPT = {intercept:.2f}")
-    print(f"_WEIGHTS = {Evidence(*(round(weight, 2) for weight in astuple(weights)))}")
-    cases = find_tempi(make_sounds(22, 4 if quick else HELD_OUT, part=1))
-    pairs = [(case.is_right, case.found.confidence) for case in cases]
+    counts = QUICK_SOUNDS if quick else SOUNDS
+    parts = [find_tempi(make_sounds(21 + part, count, part)) for part, count in enumerate(counts)]
+    model = fit(parts[0] + parts[1])
+    print(f"_INTERCEPT = {model.intercept_[0]:.2f}")
+    print(f"_WEIGHTS = {Evidence(*map(float, model.coef_[0].round(2)))}")
+    scored: list[tuple[Case, float]] = []
+    for cases, others in (parts, parts[::-1]):
+        confidences = fit(others).predict_proba(_evidence(cases))[:, 1]
+        scored += zip(cases, map(float, confidences), strict=True)
+    pairs = [(case.is_right, confidence) for case, confidence in scored]
     results = about | {
-        "fitted": {"intercept": intercept, **asdict(weights)},
-        "sounds": len(cases),
-        "right": sum(case.is_right for case in cases),
+        "sounds": len(scored),
         "scores": confidence_scores(pairs),
         "reliability": reliability(pairs),
         "kinds": [
             {
                 "kind": kind,
                 "sounds": len(of_kind),
-                "right": sum(case.is_right for case in of_kind),
-                "second_right": sum(case.is_second_right for case in of_kind),
-                "confidence": float(np.mean([case.found.confidence for case in of_kind])),
+                "right": sum(case.is_right for case, _ in of_kind),
+                "second_right": sum(case.is_second_right for case, _ in of_kind),
+                "confidence": sum(confidence for _, confidence in of_kind) / len(of_kind),
             }
             for kind in KINDS
-            if (of_kind := [case for case in cases if case.kind == kind])
+            if (of_kind := [(case, value) for case, value in scored if case.kind == kind])
         ],
     }
     print(write_results("tempo-calibration", results, arguments.results))

@@ -168,8 +168,8 @@ _ADVICE = {
     "fast disk.",
     "planning": "The run's own process cannot keep up: put the landing and the state store on a "
     "fast disk, or use fewer workers.",
-    "idle": "The batches are too small for so many workers, or cells were deferred: raise "
-    "AUDIO_ASSETS_BATCH_SIZE; `audio-assets status` says what is deferred.",
+    "idle": "There were few files for so many workers, or cells were deferred, as `audio-assets "
+    "status` says. Of a large library, raise AUDIO_ASSETS_BATCH_SIZE.",
 }
 """What to do, by what most of the workers' time went to."""
 

@@ -236,7 +236,8 @@ class _Stopwatch:
 
     def seconds(self) -> float:
         """Return the time so far (s)."""
-        seconds, waited = time.monotonic() - self._began, _core_wait_seconds()
+        waited = _core_wait_seconds()  # before the clock: it may wait in between
+        seconds = time.monotonic() - self._began
         if waited is None or self._waited is None:
             return seconds
         return seconds - (waited - self._waited)

@@ -6,6 +6,7 @@ from audio_assets.audio.decode import Limits
 from audio_assets.extraction.worker import FileRef, decode_file, extract
 from audio_assets.features.base import FeatureSet, Row
 from audio_assets.library.files import FileStamp
+from audio_assets.warehouse.schema import arrow_schema
 
 
 def extract_row(path: Path, feature_set: FeatureSet, pcm: Path) -> Row:
@@ -13,4 +14,5 @@ def extract_row(path: Path, feature_set: FeatureSet, pcm: Path) -> Row:
     file = FileRef(path, FileStamp.of(path.stat()), pcm)
     if feature_set.reads_pcm and not pcm.exists():
         decode_file(file, "av", Limits())
-    return extract(file, feature_set, "primary", None).row
+    schema = arrow_schema(tuple(feature_set.columns))
+    return extract(file, feature_set, schema, "primary", None).row

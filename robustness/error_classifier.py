@@ -7,7 +7,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from functools import cache
@@ -21,6 +21,7 @@ from robustness.built_in_rules import BUILT_IN_RULES
 from robustness.error_rules import (
     CONSEQUENCES,
     Consequences,
+    ErrorInfo,
     ErrorSeverity,
     ErrorType,
     Facts,
@@ -51,62 +52,6 @@ ERRORS_KEPT: Final = 10_000
 """Errors kept in the state store."""
 
 _GROUPS = ("by_type", "by_severity", "by_recovery_strategy", "by_operation")
-
-
-@dataclass(frozen=True)
-class ErrorInfo:
-    """The classification of an error.
-
-    Parameters
-    ----------
-    error_type : ErrorType
-        The kind of fault.
-    severity : ErrorSeverity
-        How much it matters.
-    retryable : bool
-        Whether another attempt can succeed.
-    systemic : bool
-        Whether it says something about the extractor or its environment (counted by circuit
-        breakers) or about this one input alone.
-    recovery_strategy : RecoveryStrategy
-        What the next attempt should do differently, or what to do instead of one.
-    message : str
-        The exception's text, or its class where it has none.
-    exception_type : str
-        The exception's class, fully qualified.
-    context : mapping of str to object
-        The context given to the classifier.
-    rule : str or None
-        The rule that recognized it; None if the error declared its type or none did.
-    evidence : str or None
-        The state of the file, where that explains the error.
-    retry_after : float or None
-        Shortest wait (s) before the next attempt, where the error asks for one.
-    at : float
-        When it was first classified, in seconds since the epoch.
-    record_id : int or None
-        Its row in the state store's table ``errors``; None if it was not recorded.
-    """
-
-    error_type: ErrorType
-    severity: ErrorSeverity
-    retryable: bool
-    systemic: bool
-    recovery_strategy: RecoveryStrategy
-    message: str
-    exception_type: str
-    context: Mapping[str, object] = field(default_factory=dict)
-    rule: str | None = None
-    evidence: str | None = None
-    retry_after: float | None = None
-    at: float = field(default_factory=time.time)
-    record_id: int | None = None
-
-    @property
-    def reason(self) -> str:
-        """The message and the evidence in one line, for people."""
-        is_news = self.evidence and self.evidence not in self.message
-        return f"{self.message} ({self.evidence})" if is_news else self.message
 
 
 @dataclass(frozen=True, slots=True)

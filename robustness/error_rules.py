@@ -8,6 +8,7 @@ message counts only where a library says what happened in no other way.
 import errno
 import re
 import signal
+import time
 import tomllib
 import traceback
 from collections.abc import Iterator, Mapping
@@ -16,11 +17,12 @@ from enum import StrEnum
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Self
-
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from typing import TYPE_CHECKING, ClassVar, Self
 
 from robustness.worker_process import RemoteError
+
+if TYPE_CHECKING:
+    from pydantic import ConfigDict
 
 
 class _CaselessEnum(StrEnum):
@@ -115,6 +117,63 @@ CONSEQUENCES: Mapping[ErrorType, Consequences] = {
     ErrorType.UNKNOWN: Consequences(MEDIUM, True, True, RecoveryStrategy.NONE),
 }
 """The consequences of each error type."""
+
+
+@dataclass(frozen=True)
+class ErrorInfo:
+    """The classification of an error.
+
+    Parameters
+    ----------
+    error_type : ErrorType
+        The kind of fault.
+    severity : ErrorSeverity
+        How much it matters.
+    retryable : bool
+        Whether another attempt can succeed.
+    systemic : bool
+        Whether it says something about the extractor or its environment (counted by circuit
+        breakers) or about this one input alone.
+    recovery_strategy : RecoveryStrategy
+        What the next attempt should do differently, or what to do instead of one.
+    message : str
+        The exception's text, or its class where it has none.
+    exception_type : str
+        The exception's class, fully qualified.
+    context : mapping of str to object
+        The context given to the classifier.
+    rule : str or None
+        The rule that recognized it; None if the error declared its type or none did.
+    evidence : str or None
+        The state of the file, where that explains the error.
+    retry_after : float or None
+        Shortest wait (s) before the next attempt, where the error asks for one.
+    at : float
+        When it was first classified, in seconds since the epoch.
+    record_id : int or None
+        Its row in the state store's table ``errors``; None if it was not recorded.
+    """
+
+    error_type: ErrorType
+    severity: ErrorSeverity
+    retryable: bool
+    systemic: bool
+    recovery_strategy: RecoveryStrategy
+    message: str
+    exception_type: str
+    context: Mapping[str, object] = field(default_factory=dict)
+    rule: str | None = None
+    evidence: str | None = None
+    retry_after: float | None = None
+    at: float = field(default_factory=time.time)
+    record_id: int | None = None
+
+    @property
+    def reason(self) -> str:
+        """The message and the evidence in one line, for people."""
+        is_news = self.evidence and self.evidence not in self.message
+        return f"{self.message} ({self.evidence})" if is_news else self.message
+
 
 _PACKAGE_IN_PATH = re.compile(
     r"(?:site|dist)-packages[/\\](\w+)"  # installed packages
@@ -255,9 +314,7 @@ class Rule:
         If no condition is given.
     """
 
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", coerce_numbers_to_str=True
-    )
+    __pydantic_config__: ClassVar["ConfigDict"] = {"extra": "forbid", "coerce_numbers_to_str": True}
 
     name: str
     error_type: ErrorType
@@ -346,6 +403,8 @@ def _read_rules(path: Path) -> Iterator[Rule]:
     except ValueError as error:
         raise ClassifierConfigError(f"{path}: {error}") from None
     table = tool.get("robustness", {}).get("classifier", {}).get("rules", [])
+    from pydantic import TypeAdapter, ValidationError  # no worker reads rules
+
     try:
         yield from TypeAdapter(list[Rule]).validate_python(table)
     except ValidationError as error:

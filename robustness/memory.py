@@ -12,8 +12,6 @@ from pathlib import Path
 
 import psutil
 
-from robustness.settings import get_settings
-
 MIB = 1024 * 1024
 
 _PROC = Path("/proc")
@@ -67,6 +65,8 @@ def worker_budget_mib(workers: int) -> float:
     It is ``WORKER_MEMORY_MIB`` if that is set. Otherwise together they get 80 % of
     `memory_limit_mib`; the rest is for the parent process, the page cache and everything else.
     """
+    from robustness.settings import get_settings  # takes long, and no worker needs it
+
     return get_settings().worker_memory_mib or memory_limit_mib() * 0.8 / workers
 
 

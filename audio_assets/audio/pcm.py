@@ -11,7 +11,7 @@ import soxr
 from numpy.typing import NDArray
 
 from audio_assets.library.files import FileStamp, open_regular
-from robustness.error_classifier import ErrorInfo
+from robustness.error_rules import ErrorInfo
 
 SAMPLE_RATE = 44100
 """Sample rate (Hz) of all decoded audio."""

@@ -101,7 +101,9 @@ def _register(
     """Register the files found, tell Dagster, and return what was found in words."""
     from audio_assets.defs.library_files import files_observation, in_words
     from audio_assets.defs.registration import register
+    from audio_assets.warehouse.arrow import leave_out_pandas
 
+    leave_out_pandas()
     registered = register(instance, found, roots, landing)
     summary = in_words(registered.counts)
     if registered.to_remove:

@@ -26,6 +26,7 @@ from audio_assets.extraction.worker_time import WorkerTime
 from audio_assets.features.base import Row
 from audio_assets.library.scan import Library
 from audio_assets.settings import get_settings
+from audio_assets.warehouse.schema import arrow_schema
 from robustness.adaptive_timeout import TimeoutDecision, get_timeout_manager
 from robustness.circuit_breaker import CircuitBreakerOpenError, Permit, get_circuit_breaker
 from robustness.worker_pool import WorkerFuture, WorkerPool, WorkerTask
@@ -244,7 +245,9 @@ class Dispatcher:
         ref = FileRef(self._library.path_of(file.key), file.stamp, pcm)
         if isinstance(stage, Cell):
             block_s = options.block_s or file.block_s
-            return extract, ref, stage.feature_set, options.extractor, block_s, file.decoding
+            feature_set = stage.feature_set
+            schema = arrow_schema(tuple(feature_set.columns))
+            return extract, ref, feature_set, schema, options.extractor, block_s, file.decoding
         if stage.kind == DECODE:
             return decode_file, ref, options.decoder, self._limits
         return read_duration, ref

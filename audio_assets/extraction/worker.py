@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -26,8 +26,7 @@ from audio_assets.library.files import (
     open_regular,
 )
 from audio_assets.library.scan import Library
-from audio_assets.warehouse.schema import arrow_schema
-from robustness.error_classifier import ErrorInfo
+from robustness.error_rules import ErrorInfo
 from robustness.file_evidence import FileState, inspect_file
 from robustness.worker_pool import report_stage
 
@@ -155,6 +154,7 @@ def decode_file(file: FileRef, decoder: DecoderName, limits: Limits) -> SourceIn
 def extract(
     file: FileRef,
     feature_set: FeatureSet,
+    schema: pa.Schema,
     extractor: Extractor,
     block_s: float | None,
     decoding: SourceInfo | ErrorInfo | None = None,
@@ -167,6 +167,8 @@ def extract(
         The file.
     feature_set : FeatureSet
         What to extract; it travels by reference to its functions, which must be importable.
+    schema : pyarrow.Schema
+        Its columns.
     extractor : {'primary', 'alternative'}
         Which of the feature set's extractors to call.
     block_s : float or None
@@ -199,7 +201,7 @@ def extract(
             name += "/blocks"
     check_row(feature_set, row, audio.duration_s if feature_set.reads_pcm else None)
     # A value that does not fit its column fails here, alone, and not a part with other rows.
-    pa.Table.from_pylist([row], schema=_schema(tuple(feature_set.columns)))
+    pa.Table.from_pylist([row], schema=schema)
     return CellResult(row, name)
 
 
@@ -264,9 +266,6 @@ def storage_problem(path: Path, root: Path, scratch: Path, duration_s: float | N
     if free < needed:
         return f"{needed / 2**20:.0f} MiB are needed in {scratch}, {free / 2**20:.0f} are free"
     return None
-
-
-_schema = cache(arrow_schema)
 
 
 def _extract_in_blocks(

@@ -24,7 +24,7 @@ from audio_assets.features.tags import (
     tag_columns,
     tags_of_ffmpeg,
 )
-from robustness.error_classifier import ErrorType
+from robustness.error_rules import ErrorType
 
 # Containers by FFmpeg's and libsndfile's names, where another one is usual.
 _CONTAINERS = {"mov": "mp4", "rf64": "wav", "wavex": "wav"}

@@ -4,13 +4,15 @@ import io
 import logging
 import pickle
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
-
-import duckdb
-from pyarrow import parquet
+from typing import TYPE_CHECKING
 
 from audio_assets.features.base import FeatureSet
+
+if TYPE_CHECKING:
+    from duckdb import DuckDBPyConnection
 
 GROUP = "audio_assets.feature_sets"
 """Entry point group: each entry point leads to a `FeatureSet`."""
@@ -60,6 +62,8 @@ def load_feature_sets() -> tuple[dict[str, FeatureSet], list[BrokenFeatureSet]]:
     NoFeatureSetsError
         If the built-in ones are not among them.
     """
+    import duckdb
+
     found: dict[str, FeatureSet] = {}
     broken: list[BrokenFeatureSet] = []
     declared = sorted(entry_points(group=GROUP), key=_precedence)
@@ -89,7 +93,14 @@ def load_feature_sets() -> tuple[dict[str, FeatureSet], list[BrokenFeatureSet]]:
     return {feature_set.name: feature_set for feature_set in in_order}, broken
 
 
-def _load(entry_point: EntryPoint, connection: duckdb.DuckDBPyConnection) -> FeatureSet:
+def import_feature_sets() -> None:
+    """Import what the feature sets of all installed packages need, except what is broken."""
+    for entry_point in entry_points(group=GROUP):
+        with suppress(Exception, SystemExit):
+            entry_point.load()
+
+
+def _load(entry_point: EntryPoint, connection: "DuckDBPyConnection") -> FeatureSet:
     feature_set = entry_point.load()
     if not isinstance(feature_set, FeatureSet):
         raise TypeError(f"{entry_point.value} is not a FeatureSet")
@@ -98,8 +109,10 @@ def _load(entry_point: EntryPoint, connection: duckdb.DuckDBPyConnection) -> Fea
     return feature_set
 
 
-def _check_types(types: Sequence[str], connection: duckdb.DuckDBPyConnection) -> None:
+def _check_types(types: Sequence[str], connection: "DuckDBPyConnection") -> None:
     """Raise if DuckDB does not know one of the types, or Parquet has none for it."""
+    from pyarrow import parquet
+
     values = ", ".join(f"NULL::{type_} AS c{i}" for i, type_ in enumerate(types))
     rows = connection.sql(f"SELECT {values}").to_arrow_table()
     parquet.write_table(rows, io.BytesIO())

@@ -9,7 +9,6 @@ from pathlib import Path
 from audio_assets.library.file_keys import MAX_KEY_BYTES, FileKeyError, decode_key, encode_key
 from audio_assets.library.files import open_regular
 from audio_assets.library.formats import AUDIO_EXTENSIONS, HEAD_BYTES, VIDEO_EXTENSIONS, format_of
-from audio_assets.settings import get_settings
 
 SYSTEM_DIRECTORIES = frozenset(
     ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
@@ -287,6 +286,8 @@ class _RootScan:
 
 def audio_extensions() -> frozenset[str]:
     """Return the extensions (lower case) of files that belong to a library, whatever they hold."""
+    from audio_assets.settings import get_settings  # takes long, and no worker needs it
+
     videos = get_settings().audio_video.lower().split()
     return AUDIO_EXTENSIONS | {f".{extension.lstrip('.')}" for extension in videos}
 

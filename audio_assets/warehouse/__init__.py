@@ -2,18 +2,17 @@
 
 from typing import TYPE_CHECKING
 
-from audio_assets.settings import get_settings
-
 if TYPE_CHECKING:
     from audio_assets.warehouse.landing import Landing
     from audio_assets.warehouse.publisher import PublishResult
 
-# A query imports this package, too: the feature sets, which take long, are imported where needed.
+# Queries and workers import this package, too: what takes long is imported where needed.
 
 
 def open_landing() -> "Landing":
     """Return the landing of the settings."""
     from audio_assets.features import FEATURE_SETS
+    from audio_assets.settings import get_settings
     from audio_assets.warehouse.landing import Landing
     from audio_assets.warehouse.schema import warehouse_tables
 
@@ -23,6 +22,7 @@ def open_landing() -> "Landing":
 def publish(*, rebuild: bool = False) -> "PublishResult":
     """Publish the landing to the database of the settings; see `Publisher.publish`."""
     from audio_assets.features import FEATURE_SETS
+    from audio_assets.settings import get_settings
     from audio_assets.warehouse.publisher import Publisher
     from robustness.state import get_state_store
 

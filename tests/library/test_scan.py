@@ -11,7 +11,6 @@ import pytest
 import soundfile
 from blake3 import blake3
 
-from audio_assets.library import scan as scan_module
 from audio_assets.library.file_keys import MAX_KEY_BYTES, FileKeyError, encode_key
 from audio_assets.library.files import FileChangedError, FileStamp, content_hash, open_regular
 from audio_assets.library.roots import parse_roots
@@ -110,7 +109,7 @@ def test_the_sound_of_videos_is_in_the_library_where_a_setting_says_so(
     for name in ("a.mp4", "b.MKV", "c.webm", "d.wav"):
         put(root / name)
     monkeypatch.setenv("AUDIO_VIDEO", "mp4 .mkv")
-    monkeypatch.setattr(scan_module, "get_settings", AudioAssetsSettings)
+    monkeypatch.setattr("audio_assets.settings.get_settings", AudioAssetsSettings)
     assert keys(scan(root)) == ["music/a.mp4", "music/b.MKV", "music/d.wav"]
 
 

@@ -119,15 +119,16 @@ def run_batches(
                 raise KeyboardInterrupt
     with _keeping_output(console), console.status("publishing the results"):
         record_ended_runs(instance, get_settings().warehouse, landing)
-        if ranges:  # publish, and have Dagster show the figures and the checks of what is published
-            tags = {REQUESTED_BY_TAG: ANALYZE}
-            _execute(instance, robustness_stats.name, str(uuid.uuid4()), tags)
+        # Publish, and have Dagster show the figures and the checks of what is published.
+        tags = {REQUESTED_BY_TAG: ANALYZE}
+        if not _execute(instance, robustness_stats.name, str(uuid.uuid4()), tags):
+            publish()  # and raise what the run failed of
 
 
 def _execute(
     instance: dg.DagsterInstance, job_name: str, run_id: str, tags: Mapping[str, str]
-) -> None:
-    """Execute a run in this process, as one of the code location's."""
+) -> bool:
+    """Execute a run in this process, as one of the code location's; return whether it succeeded."""
     job = defs.resolve_job_def(job_name)
     run = instance.create_run_for_job(
         job,
@@ -136,7 +137,7 @@ def _execute(
         tags={**job.run_tags, **NO_RETRIES, **tags},
         remote_job_origin=RemoteJobOrigin(_REPOSITORY, job_name),
     )
-    execute_run(InMemoryJob(job), run, instance)
+    return execute_run(InMemoryJob(job), run, instance).success
 
 
 def _cancel(instance: dg.DagsterInstance, run_id: str) -> None:

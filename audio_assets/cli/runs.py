@@ -73,7 +73,7 @@ def analyze(
             run_batches(instance, todo, console, force=force)
         else:
             console.print("Nothing to compute: every cell is finished or quarantined.")
-    publish()
+            publish()
     raise typer.Exit(_show_results(settings.warehouse, list(roots)))
 
 

@@ -87,8 +87,10 @@ def serving(home: Home, *arguments: str, **variables: str) -> Iterator[str]:
         line = process.stdout.readline()
         address = re.search(r"http://\S+:\d+", line)
         assert address, line + process.stdout.read()
-        yield address[0]
-        process.terminate()
+        try:
+            yield address[0]
+        finally:
+            process.terminate()
 
 
 @pytest.fixture

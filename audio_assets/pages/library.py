@@ -312,12 +312,6 @@ def _(begin, known, near, problem, row, steps, track, way):
             parts.append(mo.audio(f"../audio/{quote(row['content_hash'], safe='')}"))
         if len(known.beats) > 1:
             parts.append(charts.tempo(known.beats))
-        pictures = [
-            # marimo puts the address between single quotes.
-            mo.image(data_url(svg).replace("'", "%27"), alt=name, caption=name)
-            for name, svg in known.pictures.items()
-        ]
-        parts.append(mo.hstack(pictures, justify="start", align="end", wrap=True, gap=2))
         tables = {
             "Values": known.values,
             "Tags": known.tags,
@@ -330,6 +324,12 @@ def _(begin, known, near, problem, row, steps, track, way):
             views["Neighbours"] = mo.vstack([begin, near])
         if way is not None:
             views["Path"] = mo.vstack([steps, save_buttons(way["file_key"])])
+        # marimo puts the address between single quotes.
+        pictures = [
+            mo.image(data_url(svg).replace("'", "%27"), alt=name, caption=name)
+            for name, svg in known.pictures.items()
+        ]
+        views["Pictures"] = mo.vstack(pictures, align="start")
         views |= {
             f"{name} ({len(frame)})": table(frame, selection=None) for name, frame in tables.items()
         }

@@ -21,7 +21,7 @@ from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import FeatureSet, Row
 from audio_assets.library.scan import Library
 from audio_assets.monitoring.landed import LandedRows
-from audio_assets.monitoring.performance import BASELINE_CELLS, EVIDENCE, Trend, trends
+from audio_assets.monitoring.performance import EVIDENCE, Trend, trends
 from audio_assets.settings import usable_cores
 from audio_assets.warehouse.landing import Landing
 from audio_assets.warehouse.schema import warehouse_tables
@@ -144,7 +144,6 @@ def main() -> None:
         "machine": about,
         "quick": arguments.quick,
         "slowdown": SLOWDOWN,
-        "baseline_cells": BASELINE_CELLS,
         "evidence_needed": EVIDENCE,
     }
     print(write_results("drift", results, arguments.results))

@@ -402,6 +402,7 @@ def layer_section(results: Mapping[str, Any]) -> str:
 def drift_section(results: Mapping[str, Any]) -> str:
     """Return the section on what got slower."""
     quiet, needed = results["quiet_evidence"], results["evidence_needed"]
+    more = f"{100 * (results['slowdown'] - 1):.0f} %"
     after = results["found_after_cells"]
     names = sorted({name for run in quiet for name in run})
     rows = [
@@ -417,10 +418,9 @@ def drift_section(results: Mapping[str, Any]) -> str:
         "",
         "most evidence in an unchanged run",
         "unchanged runs that raised it",
-        f"cells until a slowdown of {results['slowdown'] - 1:.0%} was found",
+        f"cells until a slowdown of {more} was found",
     )
     sampling, kind = audio(results["source"])
-    more = f"{results['slowdown'] - 1:.0%}"
     return "\n\n".join(
         [
             "## What got slower",

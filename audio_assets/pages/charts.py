@@ -17,7 +17,7 @@ _ACROSS, _DOWN = 80, 60
 _BARS = 50
 _GROUPS = 15
 _NAMES = ("title", "artist", "file_key")
-_MARKED, _PICKED = "marked", "picked"
+_MARKED = "marked"
 
 
 def scatter(frame: pd.DataFrame, x: str, y: str, colour: str) -> alt.Chart:
@@ -35,32 +35,31 @@ def scatter(frame: pd.DataFrame, x: str, y: str, colour: str) -> alt.Chart:
             colour: frame[colour] if is_numeric_dtype(frame[colour]) else _grouped(frame[colour]),
         }
     )
-    marking = alt.selection_interval(name=_MARKED, encodings=["x", "y"])
-    if len(frame) > MOST_SYMBOLS:
+    is_grid = len(frame) > MOST_SYMBOLS
+    if is_grid:
         data = _cells(data, colour)
         density = alt.Opacity("tracks:Q", scale=alt.Scale(type="log", range=[0.3, 1]), legend=None)
         chart = (
             alt.Chart(data)
             .mark_rect()
             .encode(x2="x_end", y2="y_end", opacity=density, tooltip=["tracks", colour])
-            .add_params(marking)
         )
     else:
         names = [name for name in _NAMES if name in frame]
         data = data.assign(**{name: frame[name] for name in names if name != colour})
-        chart = (
-            alt.Chart(data)
-            .mark_circle(size=50, opacity=0.8)
-            .encode(tooltip=[*names, colour])
-            .add_params(marking, alt.selection_point(name=_PICKED, fields=["file_key"]))
-        )
+        chart = alt.Chart(data).mark_circle(size=50, opacity=0.8).encode(tooltip=[*names, colour])
     scale = alt.Scale(zero=False)
-    of_map = {"axis": None} if (x, y) == PLACE else {}
-    return chart.encode(
-        x=alt.X("x:Q", scale=scale, title=x, **of_map),
-        y=alt.Y("y:Q", scale=scale, title=y, **of_map),
+    axis: Any = None if (x, y) == PLACE else alt.Undefined
+    chart = chart.encode(
+        x=alt.X("x:Q", scale=scale, title=x, axis=axis),
+        y=alt.Y("y:Q", scale=scale, title=y, axis=axis),
         color=_coloured(data[colour]),
-    ).properties(width="container", height=460)
+    )
+    # Both kinds have both: marimo listens to the same as one takes the other's place.
+    picking = alt.selection_point(name="picked", fields=["x"] if is_grid else ["file_key"])
+    marking = alt.selection_interval(name=_MARKED, encodings=["x", "y"])
+    drawn: alt.Chart = chart.add_params(marking, picking)
+    return drawn.properties(width="container", height=460)
 
 
 def marked(
@@ -86,7 +85,8 @@ def histogram(frame: pd.DataFrame, column: str) -> alt.Chart:
         bars = alt.Chart(data).encode(
             x=alt.X("from:Q", title=column, bin="binned"), x2="to", y="tracks:Q"
         )
-    return bars.mark_bar().encode(tooltip=alt.Tooltip("tracks:Q")).properties(width="container")
+    drawn: alt.Chart = bars.mark_bar().encode(tooltip="tracks:Q")
+    return drawn.properties(width="container")
 
 
 def tempo(beats: Sequence[float]) -> alt.Chart:
@@ -95,16 +95,13 @@ def tempo(beats: Sequence[float]) -> alt.Chart:
     steps = np.diff(times)
     data = pd.DataFrame({"time": times[:-1], "tempo": 60 / np.where(steps > 0, steps, np.nan)})
     thinned = data.groupby(np.arange(len(data)) * MOST_SYMBOLS // max(len(data), MOST_SYMBOLS))
-    return (
-        alt.Chart(thinned.median())
-        .mark_line(point=True)
-        .encode(
-            x=alt.X("time:Q", title="time (s)"),
-            y=alt.Y("tempo:Q", title="tempo (1/min)", scale=alt.Scale(zero=False)),
-            tooltip=["time", "tempo"],
-        )
-        .properties(width="container", height=140)
+    line: alt.Chart = alt.Chart(thinned.median()).mark_line(point=True)
+    line = line.encode(
+        x=alt.X("time:Q", title="time (s)"),
+        y=alt.Y("tempo:Q", title="tempo (1/min)", scale=alt.Scale(zero=False)),
+        tooltip=["time:Q", "tempo:Q"],
     )
+    return line.properties(width="container", height=140)
 
 
 def _cells(data: pd.DataFrame, colour: str) -> pd.DataFrame:
@@ -119,9 +116,9 @@ def _cells(data: pd.DataFrame, colour: str) -> pd.DataFrame:
     if is_numeric_dtype(data[colour]):
         shades = cells.mean()
     else:
-        frequent = data[colour].groupby([*places, data[colour]]).size().sort_values()
-        frequent = frequent.index.to_frame(index=False)
-        shades = frequent.drop_duplicates([0, 1], keep="last").set_index([0, 1])[colour]
+        counts = data[colour].groupby([*places, data[colour]]).size().sort_values()
+        by_count = counts.index.to_frame(index=False)
+        shades = by_count.drop_duplicates([0, 1], keep="last").set_index([0, 1])[colour]
     found = pd.DataFrame({"tracks": cells.size(), colour: shades})
     for level, axis in enumerate(("x", "y")):
         place = found.index.get_level_values(level)
@@ -129,13 +126,13 @@ def _cells(data: pd.DataFrame, colour: str) -> pd.DataFrame:
     return found.reset_index(drop=True)
 
 
-def _grouped(texts: pd.Series) -> pd.Series:
+def _grouped(texts: "pd.Series[Any]") -> "pd.Series[Any]":
     """Return texts with the rare ones, and none, as one."""
     frequent = texts.value_counts().index[:_GROUPS]
-    return texts.where(texts.isin(frequent), "others").rename(texts.name)
+    return texts.where(texts.isin(frequent), "others")
 
 
-def _coloured(shades: pd.Series) -> alt.Color:
+def _coloured(shades: "pd.Series[Any]") -> alt.Color:
     if is_numeric_dtype(shades):
         return alt.Color(f"{shades.name}:Q", scale=alt.Scale(scheme="viridis"))
     order = list(shades.value_counts().index)

@@ -73,7 +73,9 @@ def open_track(rows):
 @app.function
 def chart(frame, x, y, colour):
     """Show tracks by two columns; a click on a symbol opens its track."""
-    return mo.ui.altair_chart(charts.scatter(frame, x, y, colour), on_change=open_track)
+    return mo.ui.altair_chart(
+        charts.scatter(frame, x, y, colour), legend_selection=False, on_change=open_track
+    )
 
 
 @app.function

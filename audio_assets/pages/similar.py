@@ -1,10 +1,8 @@
 """Tracks that sound alike, by the cosine distance of their MusiCNN embeddings (0 to 2)."""
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from audio_assets.pages.tracks import Tracks
 
@@ -72,13 +70,13 @@ def path(tracks: Tracks, start: str, end: str) -> pd.DataFrame:
         # Of two vectors of length 1 the cosine distance is half the square of their distance. In
         # a sparse graph, 0 would be no edge.
         graph.data = np.maximum(graph.data**2 / 2, np.finfo(np.float32).eps)
-        lengths, before = dijkstra(graph, directed=False, indices=0, return_predecessors=True)
-        if np.isfinite(lengths[1]):
+        lengths, before = dijkstra(graph, directed=False, indices=[0], return_predecessors=True)
+        if np.isfinite(lengths[0, 1]):
             break
         joined *= 4
     way = [1]
     while way[-1]:
-        way.append(before[way[-1]])
+        way.append(int(before[0, way[-1]]))
     found = nodes[way[::-1]]
     steps = 1 - (tracks.embeddings[found[1:]] * tracks.embeddings[found[:-1]]).sum(axis=1)
     return _rows(tracks, found, step=[0.0, *np.maximum(steps, 0)])
@@ -159,7 +157,7 @@ def _distances(tracks: Tracks, places: NDArray[np.intp], place: int) -> NDArray[
     return distances
 
 
-def _rows(tracks: Tracks, places: NDArray[np.intp], **more: Sequence[float]) -> pd.DataFrame:
+def _rows(tracks: Tracks, places: NDArray[np.intp], **more: ArrayLike) -> pd.DataFrame:
     """Return the rows of tracks, after a further column."""
     rows = tracks.frame.iloc[tracks.heard[places]]
     return pd.concat([pd.DataFrame(more, index=rows.index), rows], axis=1)

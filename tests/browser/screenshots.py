@@ -30,6 +30,8 @@ def main() -> None:
             take_picture_of_work(page, url)
             analysis.communicate()
             assert analysis.returncode == ExitCode.SOME_FILES_FAILED
+        with serving(home) as url:
+            take_picture_of_library(page, url)
         with running(home, library, Path(directory) / "dagster_dev.log") as deployment:
             faulty = [tracks[-1].path]  # the text file
             take_pictures(page, deployment, [os.fspath(p.relative_to(library)) for p in faulty])
@@ -42,6 +44,17 @@ def take_picture_of_work(page: Page, url: str) -> None:
     expect(page.get_by_role("cell", name="extract").first).to_be_visible()
     page.set_viewport_size({"width": 1280, "height": 1600})
     save(page, "operations")
+    page.set_viewport_size({"width": 1280, "height": 800})
+
+
+def take_picture_of_library(page: Page, url: str) -> None:
+    page.goto(f"{url}/library/")
+    page.get_by_label("Colour").select_option("artist")
+    page.get_by_role("row").nth(1).get_by_role("checkbox").click()
+    expect(page.get_by_role("tab", name="Neighbours")).to_be_visible()
+    expect(page.locator("canvas").nth(1)).to_be_visible()
+    page.set_viewport_size({"width": 1500, "height": 1150})
+    save(page, "library")
     page.set_viewport_size({"width": 1280, "height": 800})
 
 

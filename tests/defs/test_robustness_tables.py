@@ -144,7 +144,7 @@ def test_what_got_slower_warns(instance: dg.DagsterInstance) -> None:
     usual = checks(run_stats(instance))["runs", "speed"]
     assert usual.passed
     assert {"slower", "baselines"} == usual.metadata.keys()
-    write(40, seconds=13.5)
+    write(80, seconds=13.5)
     found = checks(run_stats(instance))["runs", "speed"]
     assert not found.passed
     assert found.description is not None

@@ -83,7 +83,7 @@ def save_buttons(keys):
     """Offer to save tracks."""
     return mo.hstack(
         [
-            mo.md(f"Save {len(keys):,} tracks:"),
+            mo.md(f"Tracks to save: {len(keys):,}"),
             *(
                 mo.download(
                     lambda ending=ending: saved(warehouse, list(keys), ending),
@@ -169,11 +169,12 @@ def _(colour, found, places):
 
 @app.cell
 def _(tracks):
-    across, up = (
-        mo.ui.dropdown(tracks.numbers, value=value, label=label)
-        for label, value in (("Across", "bpm"), ("Up", "integrated_lufs"))
+    first, second = (
+        name if name in tracks.numbers else "duration_s" for name in ("bpm", "integrated_lufs")
     )
-    counted = mo.ui.dropdown([*tracks.numbers, *tracks.texts], value="bpm", label="Count by")
+    across = mo.ui.dropdown(tracks.numbers, value=first, label="Across")
+    up = mo.ui.dropdown(tracks.numbers, value=second, label="Up")
+    counted = mo.ui.dropdown([*tracks.numbers, *tracks.texts], value=first, label="Count by")
     return across, counted, up
 
 

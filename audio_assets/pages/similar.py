@@ -15,6 +15,7 @@ SAME_DURATION_S = 1.0
 _BETWEEN = 2000
 _NEIGHBOURS = 10
 _COMPARED = 8
+_AT_ONCE = 20_000
 
 
 def neighbours(tracks: Tracks, file_key: str, count: int = 20) -> pd.DataFrame:
@@ -129,8 +130,11 @@ def _alike(tracks: Tracks) -> NDArray[np.intp]:
     one, other = known.repeat(_COMPARED), np.append(known, -1)[near.ravel()]
     is_pair = (other >= 0) & (one != other)
     one, other = one[is_pair], other[is_pair]
-    cosines = np.einsum("ij,ij->i", tracks.embeddings[one], tracks.embeddings[other])
-    close = 1 - cosines < SAME_DISTANCE
+    close = np.zeros(len(one), bool)
+    for start in range(0, len(one), _AT_ONCE):
+        some = slice(start, start + _AT_ONCE)
+        vectors = tracks.embeddings[one[some]], tracks.embeddings[other[some]]
+        close[some] = 1 - np.einsum("ij,ij->i", *vectors) < SAME_DISTANCE
     return np.column_stack([tracks.heard[one[close]], tracks.heard[other[close]]])
 
 

@@ -48,12 +48,12 @@ def take_picture_of_work(page: Page, url: str) -> None:
 
 
 def take_picture_of_library(page: Page, url: str) -> None:
+    page.set_viewport_size({"width": 1500, "height": 1150})
     page.goto(f"{url}/library/")
     page.get_by_label("Colour").select_option("artist")
     page.get_by_role("row").nth(1).get_by_role("checkbox").click()
     expect(page.get_by_role("tab", name="Neighbours")).to_be_visible()
     expect(page.locator("canvas").nth(1)).to_be_visible()
-    page.set_viewport_size({"width": 1500, "height": 1150})
     save(page, "library")
     page.set_viewport_size({"width": 1280, "height": 800})
 

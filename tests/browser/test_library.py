@@ -55,10 +55,10 @@ def test_page_shows_plays_and_saves_tracks(page: Page, home: Home) -> None:
         assert len(page.content()) < 2**20
 
         page.get_by_placeholder("title, artist").fill("artist 1/2 album")
-        expect(page.get_by_text("Save 10 tracks:")).to_be_visible()
+        expect(page.get_by_text("Tracks to save: 10", exact=True)).to_be_visible()
         row = page.get_by_role("row").filter(has_text="track 127")
         row.get_by_role("checkbox").click()
-        expect(page.get_by_text("Save 1 tracks:")).to_be_visible()
+        expect(page.get_by_text("Tracks to save: 1", exact=True)).to_be_visible()
 
         audio = page.locator("audio")
         expect(audio).to_be_visible()

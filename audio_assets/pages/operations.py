@@ -17,7 +17,7 @@ def _():
 
 @app.cell
 def _(mo):
-    refresh = mo.ui.refresh(options=["4s", "20s", "60s"], default_interval="4s")
+    refresh = mo.ui.refresh(options=["3s", "15s", "60s"], default_interval="3s")
     return (refresh,)
 
 

@@ -16,6 +16,7 @@ audio tagging at scale", ISMIR, 2018.
 """
 
 import hashlib
+import os
 import runpy
 import struct
 from base64 import urlsafe_b64encode
@@ -30,8 +31,6 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from onnxruntime import InferenceSession, SessionOptions, get_available_providers
-
-from audio_assets.settings import get_settings
 
 FloatArray = NDArray[np.float32]
 ModelName = Literal["MSD_musicnn", "MTT_musicnn"]
@@ -128,7 +127,8 @@ def load_network(model: ModelName) -> Network:
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     # The arena would keep the convolutions' outputs of both networks: 35 MB, and no faster.
     options.enable_cpu_mem_arena = False
-    device = get_settings().device
+    # Every command checks the setting; to import the settings takes long, and no worker needs more.
+    device = os.environ.get("AUDIO_ASSETS_DEVICE") or "auto"
     providers: list[str | tuple[str, dict[str, str]]] = ["CPUExecutionProvider"]
     if device != "cpu" and _CUDA in get_available_providers():
         # TF32 has too few digits; the exhaustive search takes longer than a file.

@@ -24,7 +24,6 @@ from audio_assets.features.musicnn_network import (
     load_network,
     read_checkpoint,
 )
-from audio_assets.settings import get_settings
 
 Extractor = Callable[[Audio], Row]
 
@@ -277,10 +276,8 @@ def test_damaged_weights_are_noticed(weights: Path) -> None:
 @pytest.fixture(params=["auto", "cpu", "cuda"])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("AUDIO_ASSETS_DEVICE", request.param)
-    get_settings.cache_clear()
     load_network.cache_clear()
     yield request.param
-    get_settings.cache_clear()
     load_network.cache_clear()
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from audio_assets.monitoring.landed import LandedRows
 from audio_assets.monitoring.metrics import ProductCollector
+from audio_assets.monitoring.overview import Observer
 from audio_assets.monitoring.performance import DECODING, Trend, baselines, trends
 from audio_assets.warehouse.landing import Landing
 from robustness.state import StateStore
@@ -116,7 +117,7 @@ def test_the_metrics_say_so(
     forget_state()
     history.run(300)
     history.run(100, key=2.0)
-    collector = ProductCollector(history.rows, StateStore(None), lambda: None)
+    collector = ProductCollector(Observer(StateStore(None), history.rows))
     samples = {
         (sample.name, sample.labels["feature_set"]): sample.value
         for metric in collector.collect()

@@ -232,7 +232,7 @@ def test_each_stage_has_its_own_deadline(pool: WorkerPool) -> None:
     assert future.measurement is not None
     spent = future.measurement.stage_seconds
     assert spent.keys() == deadlines.keys()
-    assert spent["decode"] >= 0.5
+    assert spent["decode"] > 0.4
     assert spent["extract"] >= 0.3
     assert future.measurement.seconds == pytest.approx(sum(spent.values()))
 

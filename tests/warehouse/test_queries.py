@@ -52,7 +52,7 @@ def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
             match feature_set.name:
                 case "rhythm":
                     row["bpm"] = 90.0 + 10 * (number // 2) + 0.5 * (number % 2)
-                    row["bpm_confidence"] = 0.25 if number in (3, 9) else 0.75
+                    row["bpm_confidence"] = 0.25 if number in (3, 9) else 0.85
                 case "key":
                     row["camelot"] = CAMELOT[number % len(CAMELOT)]
                 case "loudness":

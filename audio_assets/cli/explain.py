@@ -6,6 +6,8 @@ import typer
 
 from audio_assets.cli.endings import ExitCode, UserError
 from audio_assets.cli.printing import (
+    TablesAsCsv,
+    TablesAsJson,
     console,
     print_json,
     print_table,
@@ -20,13 +22,8 @@ Run = Annotated[str, typer.Argument(help="ID of a run, or its beginning; by defa
 
 def explain(
     run: Run = "",
-    as_csv: Annotated[
-        bool,
-        typer.Option("--csv", help="Print CSV: the tables one after another, an empty line apart."),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: an object with a list for each table.")
-    ] = False,
+    as_csv: TablesAsCsv = False,
+    as_json: TablesAsJson = False,
 ) -> None:
     """Explain what the time of a run's workers went to, and what would make it faster."""
     from audio_assets.monitoring import performance

@@ -25,6 +25,13 @@ from audio_assets.library.text import four_digits, masked, plain, printable, wri
 
 AsCsv = Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON: a list of objects.")]
+TablesAsCsv = Annotated[
+    bool,
+    typer.Option("--csv", help="Print CSV: the tables one after another, an empty line apart."),
+]
+TablesAsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON: an object with a list for each table.")
+]
 Raw = Annotated[
     bool,
     typer.Option(

@@ -13,6 +13,8 @@ from audio_assets.cli.printing import (
     AsCsv,
     AsJson,
     Raw,
+    TablesAsCsv,
+    TablesAsJson,
     console,
     print_json,
     print_table,
@@ -63,13 +65,8 @@ def query(
 
 
 def status(
-    as_csv: Annotated[
-        bool,
-        typer.Option("--csv", help="Print CSV: the tables one after another, an empty line apart."),
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON: an object with a list for each table.")
-    ] = False,
+    as_csv: TablesAsCsv = False,
+    as_json: TablesAsJson = False,
 ) -> None:
     """Show the latest runs, open breakers, the quarantine, degraded and missing cells."""
     from audio_assets.settings import get_settings

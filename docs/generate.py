@@ -229,7 +229,7 @@ def logging() -> str:
 
 
 def events() -> str:
-    """Return the events that hooks are told of."""
+    """Return the events that hooks are called with."""
     return table(
         ("event", "kind", "labels", "what it says"),
         *(

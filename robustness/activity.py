@@ -34,9 +34,9 @@ class Activity:
     pid : int
         Its process ID there.
     at : float
-        When it said so (s since the epoch).
+        When it was reported (s since the epoch).
     body : dict
-        What it said.
+        What was reported.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Activity:
 
 
 def report_activity(name: str, body: Mapping[str, Any], store: StateStore | None = None) -> None:
-    """Say what this process is at, in place of what it said before.
+    """Report what this process does, in place of its report before.
 
     Parameters
     ----------

@@ -1,6 +1,6 @@
 """What happens in this package, as events for whoever counts or measures.
 
-`emit` tells every hook. Without any set, there is one that counts with prometheus-client, where
+`emit` calls every hook. Without any set, there is one that counts with prometheus-client, where
 that is installed, in the default registry of its process. A hook that fails is logged, and stops
 nobody.
 """
@@ -99,7 +99,7 @@ def set_hooks(hooks: Iterable[Hook] | None) -> None:
 
 
 def emit(name: str, value: float = 1.0, **labels: str | None) -> None:
-    """Tell the hooks of an event of `EVENTS`; a label that is None is empty."""
+    """Call the hooks with an event of `EVENTS`; a label that is None is empty."""
     event = EVENTS[name]
     texts = {label: labels[label] or "" for label in event.labels}
     for hook in _default_hooks() if _hooks is None else _hooks:

@@ -1,4 +1,4 @@
-"""The commands that tell how all is doing, and keep it going."""
+"""The commands that report health, and the daemon that systemd watches."""
 
 import logging
 import os
@@ -16,14 +16,14 @@ EXIT_CODES = {"well": 0, "degraded": 1, "broken": 2}
 
 
 def health(as_csv: AsCsv = False, as_json: AsJson = False) -> None:
-    """Tell in a second whether all goes well: exit code 0 well, 1 degraded, 2 broken."""
+    """Report in a second whether all is well: exit code 0 well, 1 degraded, 2 broken."""
     from audio_assets.monitoring.findings import health_of
     from audio_assets.monitoring.health import examine, open_store
 
-    logging.getLogger("robustness").setLevel(logging.CRITICAL)  # what they say is a finding
+    logging.getLogger("robustness").setLevel(logging.CRITICAL)  # what they log is a finding
     findings = examine(open_store())
     verdict = health_of(findings)
-    rows = [(str(f.severity), f.check, f.what, f.since, f.evidence, f.advice) for f in findings]
+    rows = [finding.row for finding in findings]
     if as_json:
         print_json({"health": str(verdict), "findings": records(COLUMNS, rows)})
     elif as_csv or rows:
@@ -39,12 +39,12 @@ def top(
     """Show what goes on, live: throughput, workers, failures, and when all will be done."""
     from audio_assets.cli.top import show
 
-    logging.getLogger("robustness").setLevel(logging.CRITICAL)  # what they say is a finding
+    logging.getLogger("robustness").setLevel(logging.CRITICAL)  # what they log is a finding
     show(live=console.is_terminal and not once)
 
 
 def daemon() -> None:
-    """Run Dagster's daemon; systemd's watchdog is told for as long as it lives."""
+    """Run Dagster's daemon, and notify systemd's watchdog for as long as it lives."""
     from audio_assets.monitoring.watchdog import watch
     from audio_assets.settings import get_settings
 

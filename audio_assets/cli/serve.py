@@ -14,7 +14,7 @@ def serve(
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 for any.", min=0, max=65535)] = 3001,
 ) -> None:
-    """Serve pages, health and metrics by HTTP, and tell of incidents."""
+    """Serve pages, health and metrics by HTTP, and send alerts."""
     from audio_assets.settings import get_settings
 
     token = get_settings().token

@@ -1,7 +1,6 @@
 """Dagster events of cells: a materialization with values and a picture, or a failure."""
 
 import hashlib
-import logging
 import shlex
 from collections.abc import Sequence
 from urllib.parse import urlencode
@@ -18,8 +17,6 @@ from audio_assets.library.text import four_digits, plain_markdown, printable
 from robustness.error_classifier import ErrorInfo, ErrorType
 
 FAILURES_NAMED = 5
-
-logger = logging.getLogger(__name__)
 
 _ATTEMPT_COLUMNS = (
     "attempt",
@@ -63,7 +60,7 @@ def materialization(
     """
     row = outcome.row or {}
     metadata: dict[str, dg.MetadataValue] = {}
-    if svg := _picture(feature_set, row):
+    if svg := feature_set.draw(row):
         metadata["picture"] = dg.MetadataValue.md(markdown(svg, feature_set.name))
     metadata |= {name: _float(row[name]) for name in feature_set.plotted if row[name] is not None}
     metadata[feature_set.headline] = _metadata_value(row[feature_set.headline])
@@ -83,14 +80,6 @@ def materialization(
         metadata=metadata,
         tags={"dagster/data_version": hashlib.sha256(version.encode()).hexdigest()[:32]},
     )
-
-
-def _picture(feature_set: FeatureSet, row: Row) -> str | None:
-    try:
-        return feature_set.picture(row) if feature_set.picture else None
-    except Exception:  # the values count without it
-        logger.warning("The picture of %s failed", feature_set.name, exc_info=True)
-        return None
 
 
 def _metadata_value(value: object) -> dg.MetadataValue:
@@ -226,8 +215,8 @@ def failure(failed: Sequence[CellOutcome], total: int) -> StepFailedError:
         f"{cell.file_key}: {printable(error_of(cell).message)}" for cell in failed[:FAILURES_NAMED]
     ]
     more = [f"and {len(failed) - FAILURES_NAMED} more"] if len(failed) > FAILURES_NAMED else []
-    said = f"{len(failed)} of {total} files failed; the check analysed says why and what to do"
-    return StepFailedError("\n".join([said, *named, *more]))
+    summary = f"{len(failed)} of {total} files failed; the check analysed says why and what to do"
+    return StepFailedError("\n".join([summary, *named, *more]))
 
 
 def _table(records: Sequence[Row]) -> dg.TableMetadataValue:

@@ -26,8 +26,7 @@ from audio_assets.monitoring.performance import SLOWDOWN, baselines, trends
 from audio_assets.monitoring.results import MAX_LAG, MIN_SUCCESS_RATE
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
-from audio_assets.warehouse.database import reading
-from audio_assets.warehouse.ingest import recorded_parts
+from audio_assets.warehouse.database import reading, recorded_parts
 from audio_assets.warehouse.landing import CorruptPartError, Landing
 from audio_assets.warehouse.part_names import written_at
 from audio_assets.warehouse.schema import RUNS, Table, feature_table, quoted
@@ -185,7 +184,7 @@ def _check_success_rate(
 
 
 def _check_speed(connection: DuckDBPyConnection) -> dg.AssetCheckResult:
-    """Tell what got slower, and show the baselines."""
+    """Report what got slower, and show the baselines."""
     slower = [
         f"{trend.feature_set} takes {trend.slowdown:.2f} times as long as before"
         + (f" on {trend.host}" if trend.host else "")

@@ -16,15 +16,15 @@ from audio_assets.warehouse.schema import RUNS
 
 def record_start(run: dg.DagsterRun, workers: int, landing: Landing) -> None:
     """Write to the landing that a run has started here, with so many workers."""
-    _record(
-        landing,
-        run.run_id,
-        job_name=run.job_name,
-        started_at=datetime.now(UTC),
-        status="started",
-        host=socket.gethostname(),
-        workers=workers,
-    )
+    row = {
+        "run_id": run.run_id,
+        "job_name": run.job_name,
+        "started_at": datetime.now(UTC),
+        "status": "started",
+        "host": socket.gethostname(),
+        "workers": workers,
+    }
+    landing.append(RUNS.landing_name, [row])
 
 
 def record_worker_time(run: dg.DagsterRun, seconds: Mapping[str, float], landing: Landing) -> None:

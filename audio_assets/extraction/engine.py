@@ -67,7 +67,7 @@ LONGEST_SLEEP_S = 0.5
 """Longest sleep of the driver between two checks of what is due (s)."""
 
 ACTIVITY_S = 5.0
-"""How often a run says what it is at, for those who watch it (s)."""
+"""How often a run reports its activity, for those who watch it (s)."""
 
 MAX_START_FAILURES = 3
 """After how many failures to start its first worker a run ends."""
@@ -379,9 +379,9 @@ class Engine:
             pass
         self._resume_deferred()
         self._plan()
-        self._say_activity()
+        self._report_activity()
 
-    def _say_activity(self) -> None:
+    def _report_activity(self) -> None:
         """Report what the run is at; `cell_at` is when a cell last ended, or the run began."""
         now = time.monotonic()
         if now < self._activity_due:

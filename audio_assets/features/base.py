@@ -1,6 +1,7 @@
 """What a feature set is: its columns, its two extractors, what it shows in the UI."""
 
 import keyword
+import logging
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 if TYPE_CHECKING:
     from audio_assets.audio.pcm import Audio
+
+logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 """One cell's values by column name: plain Python numbers, strings, lists, dicts, or None."""
@@ -215,6 +218,17 @@ class FeatureSet:
     def reads_pcm(self) -> bool:
         """Whether the extractors need decoded audio."""
         return self.reads == "pcm"
+
+    def draw(self, row: Row) -> str | None:
+        """Return the picture of a row, as SVG.
+
+        None if there is nothing to draw, or drawing it failed, which is logged.
+        """
+        try:
+            return self.picture(row) if self.picture else None
+        except Exception:  # the values count without it
+            logger.warning("The picture of %s failed", self.name, exc_info=True)
+            return None
 
     @property
     def empty_row(self) -> Row:

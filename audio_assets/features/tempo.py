@@ -25,7 +25,7 @@ _WEIGHT_OF_RARITY = 0.3
 
 @dataclass(frozen=True)
 class Evidence:
-    """What tells a sure tempo from a doubtful one.
+    """What distinguishes a sure tempo from a doubtful one.
 
     Parameters
     ----------

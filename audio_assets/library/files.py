@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,7 +165,7 @@ def replacing(path: Path) -> Iterator[Path]:
     path = path.resolve()
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it is not a file")
-    partial = path.with_name(f".{os.getpid()}.partial")
+    partial = path.with_name(f".{os.getpid()}.{threading.get_native_id()}.partial")
     try:
         yield partial
         with partial.open("rb") as file:

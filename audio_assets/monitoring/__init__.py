@@ -1,1 +1,1 @@
-"""Whether the product does well: findings, metrics, and the page that tells of both."""
+"""Health of the product: findings, metrics, alerts and the service that publishes them."""

@@ -133,7 +133,7 @@ class DagsterStorage:
         return all(file.exists() for file in self._files)
 
     def heartbeats(self) -> dict[str, float]:
-        """Return when each of the daemon's threads last said that it lives (s since the epoch)."""
+        """Return when each of the daemon's threads last had a heartbeat (s since the epoch)."""
         with _reading(self._runs) as connection:
             beats = [json.loads(body) for (body,) in connection.execute(sa.select(_heartbeats))]
         return {beat["daemon_type"]: beat["timestamp"] for beat in beats}

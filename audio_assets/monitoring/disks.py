@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from audio_assets.library.files import replacing
 from audio_assets.monitoring.findings import Finding, Severity, span
 from audio_assets.settings import get_settings
 from robustness.settings import get_settings as get_robustness_settings
@@ -163,14 +164,8 @@ def take_sample(now: float) -> None:
                 known[device], is_due = [*kept, (now, free_mib)], True
     if not is_due:
         return
-    target = _samples_file()
-    partial = target.with_name(f"{target.name}.{os.getpid()}")
-    try:
+    with suppress(OSError), replacing(_samples_file()) as partial:  # full: what is known stays
         partial.write_text(json.dumps(known), "utf-8")
-        partial.replace(target)
-    except OSError:  # of a full disk: what is known stays
-        with suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 def _samples_file() -> Path:

@@ -122,7 +122,7 @@ def estimate(
     Returns
     -------
     Estimate or None
-        None if too little was computed to tell.
+        None if too little was computed for an estimate.
     """
     if len(done.began) < MIN_ATTEMPTS or until <= since:
         return None

@@ -58,6 +58,11 @@ class Finding:
     since: datetime | None = None
     subject: str = ""
 
+    @property
+    def row(self) -> tuple[str, str, str, datetime | None, str, str]:
+        """Severity, check, what, since, evidence and advice, for a table."""
+        return str(self.severity), self.check, self.what, self.since, self.evidence, self.advice
+
     def shown(self) -> dict[str, str | None]:
         """Return it for JSON: texts as they may be shown, without passwords."""
         texts = {name: masked(printable(str(value))) for name, value in vars(self).items()}

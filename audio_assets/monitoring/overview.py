@@ -15,7 +15,6 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from functools import cache
-from pathlib import Path
 from typing import Any, Generic, TypeAlias, TypeVar
 from uuid import UUID
 
@@ -31,14 +30,15 @@ from audio_assets.monitoring.findings import Finding, at, health_of, span
 from audio_assets.monitoring.health import open_store
 from audio_assets.monitoring.landed import LandedRows
 from audio_assets.monitoring.published import Backlog, Published, PublishedReader
-from audio_assets.monitoring.results import DAY_S, HOUR_S, row_at
+from audio_assets.monitoring.results import DAY_S, HOUR_S, is_landing_away, row_at
 from audio_assets.monitoring.runs import SILENCE_S
+from audio_assets.monitoring.state import breakers
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing
 from robustness.activity import Activity, list_activity
 from robustness.memory import worker_budget_mib
 from robustness.state import StateStore
-from robustness.state_schema import breaker_transitions, circuit_breakers
+from robustness.state_schema import breaker_transitions
 
 DEADLINE_S = 2.0
 """How long an overview waits for a source (s)."""
@@ -199,7 +199,7 @@ _Rows: TypeAlias = Mapping[str, Iterable[tuple[Any, ...]]]
 
 @dataclass(frozen=True)
 class _End:
-    """What is said of the end."""
+    """What is known of the end."""
 
     cells_left: int | None
     end: Estimate | None
@@ -275,44 +275,32 @@ class Observer:
         state, landed = self._state.ask(asked + deadline_s), self._landed.ask(asked + deadline_s)
         rows, end = (landed, _End(None, None, landed)) if isinstance(landed, str) else landed
         findings = self.findings()
-        said: dict[str, _Rows | str] = dict.fromkeys(COLUMNS, rows)
-        said |= dict.fromkeys(_OF_STATE, state)
-        said["findings"] = {"findings": map(_row_of, findings or ())}
+        by_part: dict[str, _Rows | str] = dict.fromkeys(COLUMNS, rows)
+        by_part |= dict.fromkeys(_OF_STATE, state)
+        by_part["findings"] = {"findings": (finding.row for finding in findings or ())}
         if findings is None:
-            said["findings"] = "The first checks have not ended yet."
+            by_part["findings"] = "The first checks have not ended yet."
         return Overview(
             taken_at=at(now),
             health="unknown" if findings is None else str(health_of(findings)),
             end=end.end,
             end_unknown=end.unknown,
             cells_left=end.cells_left,
-            parts={name: _part(name, said[name]) for name in COLUMNS},
+            parts={name: _part(name, by_part[name]) for name in COLUMNS},
         )
 
     def _read_state(self) -> _Rows:
         now = time.time()
 
-        def read(connection: sa.Connection) -> tuple[Sequence[Any], Sequence[Any]]:
-            change, state = breaker_transitions.c, circuit_breakers.c
-            return (
-                connection.execute(
-                    sa.select(
-                        state.name, state.state, state.forced, state.opened_at, state.last_error
-                    )
-                    .where((state.state != "CLOSED") | state.forced.is_not(None))
-                    .order_by(state.name)
-                ).all(),
-                connection.execute(
-                    sa.select(
-                        change.name, change.from_state, change.to_state, change.at, change.reason
-                    )
-                    .where(change.at >= now - DAY_S)
-                    .order_by(change.id)
-                ).all(),
-            )
-
+        change = breaker_transitions.c
+        statement = (
+            sa.select(change.name, change.from_state, change.to_state, change.at, change.reason)
+            .where(change.at >= now - DAY_S)
+            .order_by(change.id)
+        )
         self.store.transact(lambda connection: None)  # comes back to a store that was away
-        runs, (breakers, transitions) = list_activity(self.store), self.store.query(read)
+        runs, open_breakers = list_activity(self.store), breakers(self.store)
+        transitions = self.store.query(lambda connection: connection.execute(statement).all())
         if self.store.degraded:
             raise UnknownError(f"The state store cannot be used: {self.store.problem}")
         return {
@@ -320,13 +308,13 @@ class Observer:
             "workers": [
                 row for run in runs if now - run.at < SILENCE_S for row in _of_workers(run)
             ],
-            "breakers": [(*state, when and at(when), why) for *state, when, why in breakers],
+            "breakers": [_of_breaker(breaker) for breaker in open_breakers],
             "transitions": [(*change, at(when), why) for *change, when, why in transitions],
         }
 
     def _read_landed(self) -> tuple[_Rows, _End]:
-        url = get_settings().landing
-        if "://" not in url and not Path(url).is_dir():
+        if is_landing_away():
+            url = get_settings().landing
             raise UnknownError(f"Nothing was landed yet, or the disk of {url} is away.")
         now = time.time()
         with self.rows.up_to_date() as connection:
@@ -387,16 +375,17 @@ def _shown(value: Any) -> Any:
     return text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…"
 
 
-def _part(name: str, said: _Rows | str) -> Part:
-    if isinstance(said, str):
-        return Part(COLUMNS[name], unknown=said)
-    return Part(COLUMNS[name], tuple(tuple(map(_shown, row)) for row in said[name]))
+def _part(name: str, found: _Rows | str) -> Part:
+    if isinstance(found, str):
+        return Part(COLUMNS[name], unknown=found)
+    return Part(COLUMNS[name], tuple(tuple(map(_shown, row)) for row in found[name]))
 
 
-def _row_of(finding: Finding) -> tuple[Any, ...]:
+def _of_breaker(breaker: Mapping[str, Any]) -> tuple[Any, ...]:
+    opened_at = breaker["opened_at"]
     return (
-        *(str(finding.severity), finding.check, finding.what, finding.since, finding.evidence),
-        finding.advice,
+        *(breaker["name"], breaker["state"], breaker["forced"]),
+        *(opened_at and at(opened_at), breaker["last_error"]),
     )
 
 

@@ -11,7 +11,7 @@ from duckdb import DuckDBPyConnection
 
 from audio_assets.monitoring.findings import Finding, Severity, at, span
 from audio_assets.settings import get_settings
-from audio_assets.warehouse.database import reading
+from audio_assets.warehouse.database import reading, recorded_parts
 from audio_assets.warehouse.part_names import MERGED, NAME, written_at
 from audio_assets.warehouse.schema import ATTEMPTS, RUNS
 
@@ -65,7 +65,7 @@ class Ended:
 
 def check_results(now: float) -> Iterator[Finding]:
     """Check what is published; nothing if nothing was ever landed."""
-    path, landing = get_settings().warehouse, get_settings().landing
+    path = get_settings().warehouse
     landed = landed_parts()
     if not path.exists():
         yield from _lag(landed, now)
@@ -85,12 +85,12 @@ def check_results(now: float) -> Iterator[Finding]:
             "--rebuild` makes it anew",
         )
         return
-    if published and "://" not in landing and not Path(landing).is_dir():
+    if published and is_landing_away():
         yield Finding(
             "landing",
             Severity.BROKEN,
             "The landing is not there: no run can write its rows",
-            landing,
+            get_settings().landing,
             "mount its disk, or correct AUDIO_LANDING",
         )
     yield from _lag(landed - published, now)
@@ -98,10 +98,16 @@ def check_results(now: float) -> Iterator[Finding]:
     yield from _growth(day, before)
 
 
+def is_landing_away() -> bool:
+    """Return whether the landing is a directory that is not there."""
+    url = get_settings().landing
+    return "://" not in url and not Path(url).is_dir()
+
+
 def landed_parts() -> set[str]:
     """Return the names of the parts that runs have written, without those merged from them.
 
-    Only what is published is merged.
+    Only what is published is merged. To import `Landing` would take longer than all checks.
     """
     url = get_settings().landing
     names: list[str] = []
@@ -121,11 +127,7 @@ def landed_parts() -> set[str]:
 
 def published_parts(connection: DuckDBPyConnection) -> set[str]:
     """Return the names of the parts of the same tables that a version of the database holds."""
-    tables = [table.landing_name for table in _WRITTEN_TOGETHER]
-    rows = connection.execute(
-        "SELECT part FROM publishing.parts WHERE list_contains(?, landing_table)", [tables]
-    ).fetchall()
-    return {part for (part,) in rows}
+    return {part for table in _WRITTEN_TOGETHER for part in recorded_parts(connection, table)}
 
 
 def ended_since(connection: DuckDBPyConnection, seconds: float) -> Ended:

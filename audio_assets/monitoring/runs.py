@@ -10,7 +10,7 @@ from robustness.activity import Activity, list_activity
 from robustness.state import StateStore
 
 SILENCE_S = 45.0
-"""A run that has said nothing for longer than this is stopped, or cut off (s)."""
+"""A run without a report for longer than this is stopped, or cut off (s)."""
 
 STALL_S = 900.0
 """A run in which no cell ended for longer than this does not go on (s)."""
@@ -23,14 +23,14 @@ OUTBOX_S = 30.0
 
 
 def check_runs(now: float, store: StateStore) -> Iterator[Finding]:
-    """Check the runs that are active, by their locks and by what they say."""
+    """Check the runs that are active, by their locks and their reports."""
     storage = DagsterStorage()
     if not storage.exists:
         return
-    said = {activity.name: activity for activity in list_activity(store)}
+    reported = {activity.name: activity for activity in list_activity(store)}
     if time.monotonic() - store.returned_at < SILENCE_S:
         # Runs have yet to come back to the store, too.
-        said = {activity.name: activity for activity in recent_activity(now, store)}
+        reported = {activity.name: activity for activity in recent_activity(now, store)}
     for run in storage.unfinished_runs():
         if run.status in ("QUEUED", "NOT_STARTED"):
             continue
@@ -42,16 +42,16 @@ def check_runs(now: float, store: StateStore) -> Iterator[Finding]:
                 f"nobody holds its lock, and Dagster says {run.status}",
                 "nothing, if the daemon runs: it ends the run and launches it again; else "
                 "`audio-assets analyze` does the former",
-                since=at(said[run.run_id].at) if run.run_id in said else None,
+                since=at(reported[run.run_id].at) if run.run_id in reported else None,
                 subject=run.run_id,
             )
-        elif activity := said.get(run.run_id):
+        elif activity := reported.get(run.run_id):
             yield from _of_activity(run, activity, now)
 
 
 def recent_activity(now: float, store: StateStore) -> list[Activity]:
-    """Return what the runs are at that have said so just now."""
-    return [said for said in list_activity(store) if now - said.at < SILENCE_S]
+    """Return the activities that were reported just now."""
+    return [activity for activity in list_activity(store) if now - activity.at < SILENCE_S]
 
 
 def alive_and_dead(storage: DagsterStorage) -> tuple[int, int, int]:

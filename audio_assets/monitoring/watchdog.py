@@ -1,4 +1,4 @@
-"""Tells systemd's watchdog for as long as Dagster's daemon lives (sd_notify(3))."""
+"""Notifies systemd's watchdog for as long as Dagster's daemon lives (sd_notify(3))."""
 
 import os
 import socket

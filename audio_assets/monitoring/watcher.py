@@ -17,14 +17,14 @@ ROUND_S = 10.0
 
 
 class Watcher:
-    """Checks all in rounds, in a thread of its own, and has alerts told.
+    """Checks all in rounds, in a thread of its own, and has alerts sent.
 
     Parameters
     ----------
     store : StateStore
         For the checks.
     alerts : sequence of Alerts
-        Told of each round.
+        Get the findings of each round.
 
     Attributes
     ----------

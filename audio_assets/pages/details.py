@@ -1,7 +1,6 @@
 """What the database knows of one track."""
 
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +15,6 @@ from audio_assets.library.text import four_digits
 from audio_assets.pages.tracks import TEXT_LENGTH, read_frame, shown
 from audio_assets.warehouse.queries import sandbox
 from audio_assets.warehouse.schema import feature_table, quoted
-
-logger = logging.getLogger(__name__)
 
 _MOST = 500
 """Rows of a table that are shown."""
@@ -89,9 +86,7 @@ def details(warehouse: Path, file_key: str) -> Details | None:
         degraded = _rows(
             connection, "features.degraded", "feature_set, reason, since", file_key, "feature_set"
         )
-    pictures = {
-        name: svg for name, row in rows.items() if (svg := _picture(FEATURE_SETS[name], row))
-    }
+    pictures = {name: svg for name, row in rows.items() if (svg := FEATURE_SETS[name].draw(row))}
     return Details(
         shown(files[0][0] or ""),
         _values(rows),
@@ -130,14 +125,6 @@ def _rows(
         f"SELECT {columns} FROM {table} WHERE file_key = ? ORDER BY {order} LIMIT {_MOST}",
         [file_key],
     )
-
-
-def _picture(feature_set: FeatureSet, row: Row) -> str | None:
-    try:
-        return feature_set.picture(row) if feature_set.picture else None
-    except Exception:  # a row of another version of the feature set
-        logger.warning("The picture of %s failed", feature_set.name, exc_info=True)
-        return None
 
 
 def _values(rows: Mapping[str, Row]) -> pd.DataFrame:

@@ -25,7 +25,7 @@ import duckdb
 from duckdb import DuckDBPyConnection
 
 from audio_assets.library.files import fsync_folder
-from audio_assets.warehouse.schema import literal, quoted
+from audio_assets.warehouse.schema import Table, literal, quoted
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -50,6 +50,14 @@ def reading(path: Path) -> Iterator[DuckDBPyConnection]:
         connection.execute(f"ATTACH {literal(str(path))} AS warehouse (READ_ONLY)")
         connection.execute("USE warehouse")
         yield connection
+
+
+def recorded_parts(connection: DuckDBPyConnection, table: Table) -> dict[str, bool]:
+    """Return the parts of a table that a version records, and whether each was damaged."""
+    rows = connection.execute(
+        "SELECT part, damaged FROM publishing.parts WHERE landing_table = ?", [table.landing_name]
+    ).fetchall()
+    return dict(rows)
 
 
 def read_all(connection: DuckDBPyConnection, within_s: float) -> bool:

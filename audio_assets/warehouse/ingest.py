@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from duckdb import DuckDBPyConnection
 
 from audio_assets.features.base import Column
+from audio_assets.warehouse.database import recorded_parts
 from audio_assets.warehouse.landing import CorruptPartError, Landing, PartVanishedError
 from audio_assets.warehouse.schema import ATTEMPTS, ROW_ID, RUNS, Table, quoted
 
@@ -102,14 +103,6 @@ class Ingested:
     read: list[str] = field(default_factory=list)
     damaged: list[str] = field(default_factory=list)
     rows: int = 0
-
-
-def recorded_parts(connection: DuckDBPyConnection, table: Table) -> dict[str, bool]:
-    """Return the parts of a table that a version records, and whether each was damaged."""
-    rows = connection.execute(
-        "SELECT part, damaged FROM publishing.parts WHERE landing_table = ?", [table.landing_name]
-    ).fetchall()
-    return dict(rows)
 
 
 def check_ledger(connection: DuckDBPyConnection, *, digests: bool) -> None:

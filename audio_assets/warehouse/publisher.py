@@ -12,14 +12,13 @@ import duckdb
 from duckdb import DuckDBPyConnection
 
 from audio_assets.features.base import FeatureSet
-from audio_assets.warehouse.database import DatabaseFile, reading
+from audio_assets.warehouse.database import DatabaseFile, reading, recorded_parts
 from audio_assets.warehouse.definition import Definition
 from audio_assets.warehouse.ingest import (
     TABLES_SQL,
     LedgerError,
     check_ledger,
     ingest,
-    recorded_parts,
 )
 from audio_assets.warehouse.landing import CorruptPartError, Landing, PartVanishedError
 from audio_assets.warehouse.rollups import compute_rollups

@@ -26,9 +26,9 @@ class CellStatus(StrEnum):
     FAILED = "failed"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CellOutcome:
-    """The outcome of one cell.
+    """The outcome of one cell; that of a file replaced meanwhile is another one.
 
     Parameters
     ----------

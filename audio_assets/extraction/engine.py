@@ -180,7 +180,7 @@ class Engine:
         """Of the files with the same content, the one that is analysed."""
         self._unreported: dict[str, set[str]] = {}
         """Keys of the files whose cells are not reported yet, by feature set."""
-        self._failed: dict[str, list[CellOutcome]] = defaultdict(list)
+        self._failed: dict[str, dict[str, CellOutcome]] = defaultdict(dict)
         self._failing_since: dict[str, float] = {}
         self._due: dict[str, datetime] = {}
         """When the first degraded row is due again, by feature set."""
@@ -298,9 +298,9 @@ class Engine:
         if not self._has_begun or any(self._unreported.values()):
             return RunResult.DEFERRED if self._ends_deferred else RunResult.INCOMPLETE
         failed = {
-            (outcome.file_key, outcome.feature_set)
-            for outcomes in self._failed.values()
-            for outcome in outcomes
+            (file_key, feature_set)
+            for feature_set, outcomes in self._failed.items()
+            for file_key in outcomes
         }
         if failed - self._results.quarantined:
             return RunResult.INCOMPLETE
@@ -340,7 +340,7 @@ class Engine:
 
     def failed(self, feature_set: str) -> list[CellOutcome]:
         """Return a feature set's failed cells, whichever op reported them."""
-        return self._failed[feature_set]
+        return list(self._failed[feature_set].values())
 
     @property
     def retry(self) -> tuple[datetime, list[str]] | None:
@@ -443,8 +443,10 @@ class Engine:
             self._due[outcome.feature_set] = min(due, self._due.get(outcome.feature_set, due))
         # Files with the same content find the row in the landing from now on.
         self._files[outcome.file_key].cells[outcome.feature_set].row = None
+        # A file that was replaced meanwhile is reported anew.
+        self._failed[outcome.feature_set].pop(outcome.file_key, None)
         if outcome.status is CellStatus.FAILED:
-            self._failed[outcome.feature_set].append(outcome)
+            self._failed[outcome.feature_set][outcome.file_key] = outcome
         elif outcome.status is CellStatus.MATERIALIZED:
             self._cells_computed += 1
             self._audio_s += outcome.audio_s / len(self._feature_sets)

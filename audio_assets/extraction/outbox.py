@@ -95,11 +95,12 @@ class Outbox:
         self._flushed_at = time.monotonic()
         self.failing_since = (self.failing_since or self._flushed_at) if self.error else None
         if not self.error:
-            # Meanwhile outcomes are added, and some may be withdrawn.
+            # Meanwhile outcomes are added, and some withdrawn, perhaps this one.
             for outcome in list(self._outcomes):
                 if outcome in self._outcomes:
                     yield outcome
-                    self._outcomes.remove(outcome)
+                    if outcome in self._outcomes:
+                        self._outcomes.remove(outcome)
 
     def _append(self) -> ErrorInfo | None:
         breaker = get_circuit_breaker(

@@ -85,7 +85,7 @@ $(UV):
 # at once leave code that crashes all later ones (github.com/numba/numba/issues/10128).
 $(DEV): $(UV) pyproject.toml uv.lock
 	UV_PROJECT_ENVIRONMENT=$(CURDIR)/$(VENV) $(UV) sync --frozen --inexact --quiet
-	$(VENV)/bin/python -c 'import librosa.beat, librosa.feature'
+	$(VENV)/bin/python -c 'import audio_assets.features.kernels, librosa.beat, librosa.feature'
 	touch $@
 
 $(BENCH): $(DEV)

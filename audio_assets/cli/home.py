@@ -60,7 +60,8 @@ def init(
             (home / ".env").write_text(ENV_FILE)
             set_key(home / ".env", "DAGSTER_HOME", str(home))
         # Compiled in two processes at once, it crashes (github.com/numba/numba/issues/10128).
-        with console.status("compiling librosa, which takes a minute, once"):
+        with console.status("compiling, which takes a minute, once"):
+            import_module("audio_assets.features.kernels")
             import_module("librosa.beat")
             import_module("librosa.feature")
     except (CheckError, OSError) as error:

@@ -5,6 +5,7 @@ import scipy.fft
 import scipy.ndimage
 
 import audio_assets.extraction.worker
+import audio_assets.features.kernels
 import audio_assets.features.musicnn_network  # with onnx and onnxruntime
 from audio_assets.features.essentia_library import essentia
 from audio_assets.features.registry import import_feature_sets

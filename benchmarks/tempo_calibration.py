@@ -25,7 +25,7 @@ from audio_assets.features.tempo import Evidence, Tempo, is_same, judge_tempo
 from benchmarks.measure import machine, write_results
 from benchmarks.pieces import INSTRUMENTS, METRES, Drums, make_piece
 
-SOUNDS, QUICK_SOUNDS = (500, 350), (8, 8)
+SOUNDS, QUICK_SOUNDS = (500, 350), (6, 6)
 """Of each part."""
 
 _TEMPI = (45.0, 210.0)

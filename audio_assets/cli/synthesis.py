@@ -226,9 +226,11 @@ def _reverberation(
     signal: Signal, seconds: float, sample_rate: int, random: np.random.Generator
 ) -> Signal:
     """Return the echo of a room: convolution with noise that has decayed by 60 dB at `seconds`."""
+    from scipy import fft
+
     time = np.arange(int(seconds * sample_rate), dtype=np.float32)[:, np.newaxis] / sample_rate
     room = random.standard_normal((len(time), 2), np.float32) * 10 ** (-3 * time / seconds)
     room /= np.sqrt((room**2).sum(axis=0))
-    size = 1 << (len(signal) + len(room)).bit_length()
-    spectrum = np.fft.rfft(signal, size, axis=0) * np.fft.rfft(room, size, axis=0)
-    return np.fft.irfft(spectrum, size, axis=0)[: len(signal)].astype(np.float32)
+    size = fft.next_fast_len(len(signal) + len(room), real=True)
+    spectrum = fft.rfft(signal, size, axis=0) * fft.rfft(room, size, axis=0)
+    return np.asarray(fft.irfft(spectrum, size, axis=0)[: len(signal)], np.float32)

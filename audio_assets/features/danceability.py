@@ -7,13 +7,14 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from audio_assets.audio.pcm import SAMPLE_RATE, Audio
+from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
 from audio_assets.features.pictures import curve
-from audio_assets.features.statistics import is_silent, weighted_mean
+from audio_assets.features.statistics import mono_is_silent, weighted_mean
 
 _FRAME = SAMPLE_RATE // 100
+_BLOCK_SECONDS = 10
 _SEGMENTS = [int(310 * 1.1**i / 10) for i in range(36)]
 """Segment lengths (frames of 10 ms), from 310 ms to 8.8 s."""
 
@@ -25,28 +26,37 @@ _HIGHEST = 10.0
 
 
 def _extract(audio: Audio) -> Row:
-    samples = audio.mono()
-    if audio.duration_s < _SHORTEST_S or is_silent(samples):
+    if audio.duration_s < _SHORTEST_S or mono_is_silent(audio):
         return _row([])
-    _, dfa = essentia().Danceability()(samples)
-    usable = sum(length <= len(samples) // _FRAME for length in _SEGMENTS) - 1
+    envelope = _envelope(audio)
+    # Essentia takes the deviation of each 10 ms: two samples have it as well as 441.
+    signal = np.column_stack([envelope, -envelope]).ravel()
+    _, dfa = essentia().Danceability(sampleRate=200)(signal)
+    usable = sum(length <= len(envelope) for length in _SEGMENTS) - 1
     return _row(dfa[:usable].tolist())
 
 
 def _extract_alternative(audio: Audio) -> Row:
-    samples = audio.mono()
-    frames = len(samples) // _FRAME
-    if audio.duration_s < _SHORTEST_S or is_silent(samples):
+    if audio.duration_s < _SHORTEST_S or mono_is_silent(audio):
         return _row([])
-    envelope = samples[: frames * _FRAME].reshape(frames, _FRAME).std(axis=1, ddof=1)
+    envelope = _envelope(audio)
     profile = np.cumsum(envelope - envelope.mean(dtype=np.float64), dtype=np.float64)
-    usable = [length for length in _SEGMENTS if length < frames]
+    usable = [length for length in _SEGMENTS if length < len(envelope)]
     fluctuation = np.array([_fluctuation(profile, length) for length in usable])
     if len(usable) < 2 or not fluctuation.all():
         return _row([])
     lengths = np.array(usable)
     # Short segments are biased; adding 3 to their length corrects it (Streich and Herrera).
     return _row((np.diff(np.log(fluctuation)) / np.diff(np.log(lengths + 3.0))).tolist())
+
+
+def _envelope(audio: Audio) -> Samples:
+    """Return the standard deviation of each whole 10 ms of the mono signal."""
+    deviations = []
+    for block in audio.blocks(_BLOCK_SECONDS):
+        count = len(block.pcm) // _FRAME
+        deviations.append(block.mono()[: count * _FRAME].reshape(count, _FRAME).std(axis=1))
+    return np.concatenate(deviations)
 
 
 def _fluctuation(profile: NDArray[np.float64], length: int) -> float:

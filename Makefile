@@ -64,7 +64,7 @@ bench-faults: $(BENCH) ## What faults cost, beside plain Dagster; LIBRARY as for
 	LIBRARY="$(LIBRARY)" $(VENV)/bin/python -m benchmarks.damage
 	$(VENV)/bin/python -m benchmarks.report
 
-bench-speed: $(BENCH) ## What the project costs, beside its bare algorithms and others
+bench-speed: $(BENCH) ## What the project costs, beside its extractors alone and others
 	LIBRARY="$(LIBRARY)" $(VENV)/bin/python -m benchmarks.speed
 	LIBRARY="$(LIBRARY)" $(VENV)/bin/python -m benchmarks.drift
 	$(VENV)/bin/python -m benchmarks.report

@@ -1,4 +1,4 @@
-"""What the project costs beside its bare algorithms, other extractors and plain Dagster.
+"""What the project costs beside its extractors alone, Essentia, others and plain Dagster.
 
 python -m benchmarks.speed [--quick] [--minutes M] [--tiny-files N ...] [--results DIRECTORY]
 """
@@ -99,9 +99,10 @@ def compare(
     source = find_source(scratch, FULL_RATE)
     tracks = make_library(source, scratch / "tracks", files=count, seconds=seconds, seed=1)
     peers = [system for system, module in PEERS.items() if find_spec(module)]
+    own = ["bare", "project", "algorithms"]
     for name, sets, files, systems in (
-        ("with_musicnn", feature_sets, tracks, ["bare", "project", "plain"]),
-        ("without_musicnn", without, tracks[:few], ["bare", "project", *peers, "plain"]),
+        ("with_musicnn", feature_sets, tracks, [*own, "plain"]),
+        ("without_musicnn", without, tracks[:few], [*own, *peers, "plain"]),
     ):
         if name == "with_musicnn" and "musicnn" not in feature_sets:
             continue
@@ -137,7 +138,9 @@ def _ratios(systems: Mapping[str, Any], which: str) -> dict[str, float]:
         / bare["cpu_s"],
         "project over bare, wall": project["wall_s"] / bare["wall_s"],
     }
-    for system in PEERS.keys() & systems.keys():
+    for system in ("algorithms", *PEERS):
+        if system not in systems:
+            continue
         peer, label = systems[system], CONTESTANTS[system]
         ratios[f"{label} over project, CPU"] = peer["cpu_s"] / project["cpu_s"]
         ratios[f"{label} over project, wall"] = peer["wall_s"] / project["wall_s"]

@@ -1,6 +1,6 @@
 """The systems that `benchmarks.speed` compares, each run as a process of its own.
 
-    python -m benchmarks.speed_systems bare|project|plain|essentia|mixxx|sonara LIBRARY
+    python -m benchmarks.speed_systems bare|algorithms|project|plain|essentia|mixxx|sonara LIBRARY
 
 Each writes what it knows of its own time to the file that `REPORT` names; its CPU time as a whole
 is measured from outside. Nothing heavy is imported at the top: workers run this module again.
@@ -33,7 +33,12 @@ def main() -> None:
     if system in PEERS:
         _run_peer(system, library)
     else:
-        {"bare": _run_bare, "project": _run_project, "plain": _run_plain}[system](library)
+        {
+            "bare": lambda library: _run_bare(library, extract_all),
+            "algorithms": lambda library: _run_bare(library, run_algorithms),
+            "project": _run_project,
+            "plain": _run_plain,
+        }[system](library)
 
 
 def keep_wanted() -> None:
@@ -92,7 +97,7 @@ def _summed(parts: Sequence[dict[str, float]]) -> dict[str, float]:
     return dict(total)
 
 
-# Bare algorithms, and other extractors, in a process pool
+# The project's extractors, Essentia's algorithms and other extractors, in a process pool
 
 
 def extract_all(path: Path) -> dict[str, float]:
@@ -117,13 +122,28 @@ def extract_all(path: Path) -> dict[str, float]:
     return times
 
 
-def _run_bare(library: str) -> None:
+def run_algorithms(path: Path) -> dict[str, float]:
+    """Do the same by Essentia's own algorithms."""
+    from audio_assets.features import FEATURE_SETS
+    from benchmarks import essentia_algorithms
+
+    began = time.process_time()
+    stereo = essentia_algorithms.load(path)
+    times = {"decode": time.process_time() - began}
+    for name in FEATURE_SETS:
+        began = time.process_time()
+        essentia_algorithms.extract(name, path, stereo)
+        times[name] = time.process_time() - began
+    return times
+
+
+def _run_bare(library: str, extract: Callable[[Path], dict[str, float]]) -> None:
     import multiprocessing
 
     import audio_assets.extraction.preload  # noqa: F401 - before the fork, once for all workers
 
     with multiprocessing.get_context("fork").Pool(_workers()) as pool:
-        times = pool.map(extract_all, _files(library), chunksize=1)
+        times = pool.map(extract, _files(library), chunksize=1)
         pool.close()
         pool.join()
     _report({"parts_cpu_s": _summed(times)})
@@ -300,7 +320,8 @@ def _cells_missing() -> int:
         return len(connection.execute("FROM features.missing").fetchall())
 
 
-# Plain Dagster: a run per file, an asset per feature set, each of which decodes the file
+# Plain Dagster: a run per file, an asset per feature set, each of which decodes the file and calls
+# Essentia
 
 
 def plain_job():  # noqa: ANN201 - dagster is imported when it runs
@@ -320,13 +341,10 @@ def _plain_asset(name):  # noqa: ANN001, ANN202
 
     @dg.asset(name=name)
     def extract(context: dg.AssetExecutionContext) -> dg.MaterializeResult:
-        from audio_assets.features import FEATURE_SETS
-        from benchmarks.plain import extract_row
+        from benchmarks import essentia_algorithms
 
-        pcm = Path(os.environ["DAGSTER_HOME"]) / f"{context.run_id} {name}.npy"
         path = Path(context.run.tags["file"])
-        row = extract_row(path, FEATURE_SETS[name], pcm)
-        pcm.unlink(missing_ok=True)
+        row = essentia_algorithms.extract(name, path, essentia_algorithms.load(path))
         return dg.MaterializeResult(metadata={"row": json.dumps(row, default=str)})
 
     return extract

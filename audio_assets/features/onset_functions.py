@@ -39,8 +39,7 @@ _LAGS = 512
 _PREFERRED_LAG = 43  # frames: 120 beats per minute
 _COMBS = 4
 
-_GAIN_BINS = slice(2, 233)  # 40 Hz to 5 kHz
-_GAIN_FRAMES = 5
+_GAIN_BINS = (2, 233)  # 40 Hz to 5 kHz
 
 
 @dataclass(frozen=True)
@@ -76,29 +75,26 @@ def beat_functions(audio: Audio) -> BeatFunctions:
     audio : Audio
         At least one sample.
     """
+    from audio_assets.features import kernels
+
     frames = _frame_count(audio, _BEAT_FRAME_SIZE, HOP_SIZE)
     double_hop_frames = _frame_count(audio, _BEAT_FRAME_SIZE, 2 * HOP_SIZE)
     # The last frame of one hop size may lie behind the last of the other, padded with zeros.
     total = max(frames, 2 * double_hop_frames - 1)
     bands = np.empty((_BANDS, total), np.float32)
     complex_difference, energy_flux, mel_flux, gain = [], [], [], []
-    history = 2 * _GAIN_FRAMES
+    history = 2 * kernels.GAIN_FRAMES
     blocks = _polar(audio, _BEAT_FRAME_SIZE, total, history)
-    for first, (magnitudes, phasors, spectra) in zip(count(0, _FRAMES_PER_BLOCK), blocks):
-        # Essentia adds the earlier phase where the paper subtracts it.
-        predicted = np.square(phasors[history - 1 : -1]) * phasors[history - 2 : -2]
-        distance = _distance(magnitudes[history - 1 : -1], spectra, predicted)
-        emphasis = np.square(distance, out=distance) @ _erb_filters()
+    for first, (spectra, magnitudes, phasors) in zip(count(0, _FRAMES_PER_BLOCK), blocks):
+        emphasis = kernels.squared_distance(spectra, magnitudes, phasors) @ _erb_filters()
         bands[:, first : first + len(emphasis)] = emphasis.T
-        predicted = np.square(phasors[history - 2 : -2 : 2])
-        predicted *= phasors[history - 4 : -4 : 2].conj()
-        distance = _distance(magnitudes[history - 2 : -2 : 2], spectra[::2], predicted)
-        complex_difference.append(distance.sum(axis=1))
-        power = np.square(magnitudes[history - 2 :: 2])
-        energy_flux.append(_rise(np.sqrt(power.sum(axis=1)) / power.shape[1]))
-        mel_power = power[:, : len(_mel_filters())] @ _mel_filters()
+        complex_difference.append(kernels.complex_difference(spectra, magnitudes, phasors, 2))
+        double_hop = magnitudes[history - 2 :: 2]
+        energy = np.einsum("ij,ij->i", double_hop, double_hop)
+        energy_flux.append(_rise(np.sqrt(energy) / double_hop.shape[1]))
+        mel_power = np.square(double_hop[:, : len(_mel_filters())]) @ _mel_filters()
         mel_flux.append(_rise(_levels(mel_power)).sum(axis=1))
-        gain.append(_information_gain(magnitudes[:, _GAIN_BINS]))
+        gain.append(kernels.information_gain(magnitudes, *_GAIN_BINS))
     energy_flux[0][0] = mel_flux[0][0] = 0
     return BeatFunctions(
         complex_difference=np.concatenate(complex_difference)[:double_hop_frames],
@@ -144,13 +140,14 @@ def onset_functions(audio: Audio) -> Samples:
     -------
     ndarray of float32, shape (2, frames)
     """
+    from audio_assets.features import kernels
+
     total = _frame_count(audio, _ONSET_FRAME_SIZE, HOP_SIZE)
     frequencies = np.linspace(0, SAMPLE_RATE / 2, _ONSET_FRAME_SIZE // 2 + 1, dtype=np.float32)
     functions = []
-    for magnitudes, phasors, spectra in _polar(audio, _ONSET_FRAME_SIZE, total, history=2):
-        predicted = np.square(phasors[1:-1]) * phasors[:-2].conj()
-        distance = _distance(magnitudes[1:-1], spectra, predicted)
-        functions.append([magnitudes[2:] @ frequencies, distance.sum(axis=1)])
+    for spectra, magnitudes, phasors in _polar(audio, _ONSET_FRAME_SIZE, total, history=2):
+        difference = kernels.complex_difference(spectra, magnitudes, phasors, 1)
+        functions.append([magnitudes[2:] @ frequencies, difference])
     return np.concatenate(functions, axis=1)
 
 
@@ -161,12 +158,14 @@ def _frame_count(audio: Audio, frame_size: int, hop_size: int) -> int:
 
 def _polar(
     audio: Audio, frame_size: int, total: int, history: int
-) -> Iterator[tuple[Samples, Spectra, Spectra]]:
-    """Yield magnitudes, phases as phasors and spectra of successive blocks of frames.
+) -> Iterator[tuple[Spectra, Samples, Spectra]]:
+    """Yield spectra, their magnitudes and phases as phasors, of successive blocks of frames.
 
     Magnitudes and phasors have ``history`` more frames than spectra: those before the block. Before
     the first frame, and where there is no magnitude, the phase is 0.
     """
+    from audio_assets.features import kernels
+
     shape = (history + _FRAMES_PER_BLOCK, frame_size // 2 + 1)
     magnitudes = np.zeros(shape, np.float32)
     phasors = np.ones(shape, np.complex64)
@@ -176,13 +175,8 @@ def _polar(
         magnitudes[:history] = magnitudes[-history:]
         phasors[:history] = phasors[-history:]
         spectra = _spectra(audio, frame_size, first, frames)
-        present = np.abs(spectra, out=magnitudes[history:stop])
-        inverse = np.maximum(present, np.finfo(np.float32).tiny)
-        np.divide(1, inverse, out=inverse)
-        np.multiply(spectra, inverse, out=phasors[history:stop])
-        if not present.all():
-            phasors[history:stop][present == 0] = 1
-        yield magnitudes[:stop], phasors[:stop], spectra
+        kernels.polar(spectra, magnitudes[:stop], phasors[:stop])
+        yield spectra, magnitudes[:stop], phasors[:stop]
 
 
 def _spectra(audio: Audio, frame_size: int, first: int, count: int) -> Spectra:
@@ -204,14 +198,6 @@ def _spectra(audio: Audio, frame_size: int, first: int, count: int) -> Spectra:
     return spectra
 
 
-def _distance(magnitudes: Samples, spectra: Spectra, predicted: Spectra) -> Samples:
-    """Return the distance of spectra from magnitudes with predicted phases, which it overwrites."""
-    turned = np.conjugate(predicted, out=predicted)
-    turned *= spectra
-    turned.real -= magnitudes
-    return np.abs(turned)
-
-
 def _rise(values: Samples) -> Samples:
     """Return how much each frame but the first exceeds the one before."""
     rise: Samples = np.maximum(np.diff(values, axis=0), 0)
@@ -223,30 +209,6 @@ def _levels(powers: Samples) -> Samples:
     levels: Samples = 20 * np.log10(np.maximum(powers, _MEL_FLOOR))
     levels[powers < _MEL_FLOOR] = _SILENCE_DB
     return levels
-
-
-def _information_gain(magnitudes: Samples) -> Samples:
-    """Compare the last five frames with the five before the one before, in bits.
-
-    The first ten frames are history.
-    """
-    past, present = (weights @ magnitudes for weights in _gain_weights(len(magnitudes)))
-    past[past == 0] = 1
-    present[present == 0] = np.finfo(np.float32).eps
-    bits = np.log2(present / past)
-    gain: Samples = np.maximum(bits, 0, out=bits).sum(axis=1)
-    return gain
-
-
-@cache
-def _gain_weights(frames: int) -> tuple[Samples, Samples]:
-    """Return the weights of all frames in the past and the present of each but the first ten."""
-    falling = 1 - 0.9 * np.arange(_GAIN_FRAMES) / _GAIN_FRAMES
-    past, present = np.zeros((2, frames - 2 * _GAIN_FRAMES, frames), np.float32)
-    for row in range(len(past)):
-        past[row, row : row + _GAIN_FRAMES] = falling[::-1]
-        present[row, row + _GAIN_FRAMES + 1 : row + 2 * _GAIN_FRAMES + 1] = falling
-    return past, present
 
 
 def _beat_emphasis(bands: Samples) -> Samples:

@@ -30,7 +30,7 @@ def _compiled(signature: str) -> Callable[[Kernel], Kernel]:
         }
         try:
             kernel = njit(signature, cache=True, **options)(function)
-        except RuntimeError:  # no directory to keep it in can be written
+        except Exception:  # noqa: BLE001 - what is kept is damaged, or nothing can be kept
             kernel = njit(signature, **options)(function)
         return cast("Kernel", kernel)
 

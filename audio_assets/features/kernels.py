@@ -46,6 +46,7 @@ GAIN_FRAMES = 5
 _AT_ONCE = 7
 _EPSILON = np.finfo(np.float32).eps
 _LARGEST = np.finfo(np.float32).max
+_SMALLEST = np.finfo(np.float32).tiny
 
 
 @_compiled("void(complex64[:,::1], float32[:,::1], complex64[:,::1])")
@@ -56,16 +57,19 @@ def polar(
 ) -> None:
     """Write the magnitudes of spectra and their phases, as complex numbers of modulus 1.
 
-    Where there is no magnitude the phase is 0.
+    Both are 0 where the square of the magnitude is no normal number: processors' fast square roots
+    of such numbers are NaN.
     """
     before = len(magnitudes) - len(spectra)
     for frame in range(len(spectra)):
         for k in range(spectra.shape[1]):
             x = spectra[frame, k]
-            magnitude = np.sqrt(x.real * x.real + x.imag * x.imag)
+            square = x.real * x.real + x.imag * x.imag
+            present = square >= _SMALLEST
+            magnitude = np.sqrt(square) if present else np.float32(0)
             magnitudes[before + frame, k] = magnitude
             phasors[before + frame, k] = (
-                x * (np.float32(1) / magnitude) if magnitude > 0 else np.complex64(1)
+                x * (np.float32(1) / magnitude) if present else np.complex64(1)
             )
 
 

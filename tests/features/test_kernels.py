@@ -1,11 +1,14 @@
-"""Kernels where what Numba keeps of them cannot be used."""
+"""Kernels on numbers at the limit, and where what Numba keeps of them cannot be used."""
 
 from pathlib import Path
 
 import numba
+import numpy as np
 import pytest
 
 from audio_assets.features.kernels import _compiled
+from audio_assets.features.onset_functions import beat_functions, onset_functions
+from tests.features.conftest import MakeAudio
 
 
 def double(number: float) -> float:
@@ -22,3 +25,10 @@ def test_a_kernel_whose_kept_code_is_damaged_is_compiled_again(
     for path in kept:
         path.write_bytes(path.read_bytes()[:20])
     assert _compiled("float64(float64)")(double)(2.5) == 5
+
+
+def test_onset_functions_of_sound_that_fades_to_nothing_are_finite(make_audio: MakeAudio) -> None:
+    noise = np.random.default_rng(1).standard_normal(100_000)
+    audio = make_audio(noise * np.exp(-np.arange(len(noise)) / 700))
+    for function in (*vars(beat_functions(audio)).values(), onset_functions(audio)):
+        assert np.isfinite(function).all()

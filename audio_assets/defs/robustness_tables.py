@@ -168,7 +168,6 @@ def robustness_tables(context: dg.AssetExecutionContext) -> Iterator[dg.Material
     with reading(get_settings().warehouse) as connection:
         runs, until = runs_to_report(connection, _reported_until(context.instance))
         run_ids = ", ".join(runs)
-        context.log.info(f"Figures of the runs {run_ids or '(none yet)'}")
         reported = {
             "run_ids": run_ids,
             "reported_until": until and dg.MetadataValue.timestamp(until),

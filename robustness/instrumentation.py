@@ -5,6 +5,7 @@ that is installed, in the default registry of its process. A hook that fails is 
 nobody.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Literal, TypeAlias
 from robustness.log_context import get_logger
 
 logger = get_logger("instrumentation")
+_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,13 @@ def emit(name: str, value: float = 1.0, **labels: str | None) -> None:
             logger.exception("A hook for %s failed", name)
 
 
-@cache
 def _default_hooks() -> tuple[Hook, ...]:
+    with _lock:  # a registry takes each metric once
+        return _prometheus_hooks()
+
+
+@cache
+def _prometheus_hooks() -> tuple[Hook, ...]:
     if not find_spec("prometheus_client"):
         return ()
     from prometheus_client import Counter, Histogram

@@ -95,3 +95,22 @@ def test_prometheus_counts_by_itself(tmp_path: object) -> None:
     assert 'robustness_timeout_seconds_sum{operation="key"} 3.0' in printed
     assert "robustness_state_failures_total 0.0" in printed
     assert instrumentation._hooks  # those of this process are its own
+
+
+def test_threads_may_begin_at_once() -> None:
+    script = (
+        "import sys, threading, prometheus_client\n"
+        "from robustness.instrumentation import emit\n"
+        "sys.setswitchinterval(1e-6)\n"
+        "failed = []\n"
+        "threading.excepthook = failed.append\n"
+        "at_once = threading.Barrier(8)\n"
+        "def count():\n"
+        "    at_once.wait()\n"
+        "    emit('breaker_refusals', breaker='b')\n"
+        "threads = [threading.Thread(target=count) for _ in range(8)]\n"
+        "for each in threads: each.start()\n"
+        "for each in threads: each.join()\n"
+        "sys.exit(len(failed))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

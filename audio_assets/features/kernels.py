@@ -15,18 +15,19 @@ from numpy.typing import NDArray
 Kernel = TypeVar("Kernel", bound=Callable[..., Any])
 
 
-def _compiled(signature: str) -> Callable[[Kernel], Kernel]:
+def _compiled(signature: str, *, reorders: bool = True) -> Callable[[Kernel], Kernel]:
     """Compile a function for arguments of these types.
 
-    Sums may be added up in another order. Kernels do not call one another: processes that compile
-    such ones at once can leave code that crashes (github.com/numba/numba/issues/4807).
+    Sums may be added up in another order, if it ``reorders``: recursive filters become slower by
+    that, as everything waits for the sample before. Kernels do not call one another: processes that
+    compile such ones at once can leave code that crashes (github.com/numba/numba/issues/4807).
     """
 
     def compile_now(function: Kernel) -> Kernel:
         options: dict[str, Any] = {
             "nogil": True,
             "error_model": "numpy",
-            "fastmath": {"arcp", "contract", "nsz", "reassoc"},
+            "fastmath": {"arcp", "contract", "nsz"} | ({"reassoc"} if reorders else set()),
         }
         try:
             kernel = njit(signature, cache=True, **options)(function)
@@ -144,3 +145,90 @@ def information_gain(magnitudes: NDArray[np.float32], start: int, stop: int) -> 
             bits += np.log2(product)
         gain[frame] = bits
     return gain
+
+
+# Of loudness. Decoded audio is memory-mapped, and read-only.
+
+_INAUDIBLE = 1e-30
+"""What is left in a filter is set to 0 below this: denormal numbers take fifty times as long."""
+
+
+@_compiled(
+    "float64[:,::1](Array(float32, 2, 'C', readonly=True), float64[:,::1], int64)", reorders=False
+)
+def step_energies(
+    pcm: NDArray[np.float32], biquads: NDArray[np.float64], size: int
+) -> NDArray[np.float64]:
+    """Return the energy of each whole step of each channel behind two biquad filters.
+
+    Parameters
+    ----------
+    pcm : ndarray of float32, shape (samples, channels)
+        The signal.
+    biquads : ndarray of float64, shape (2, 5)
+        Coefficients b0, b1, b2, a1, a2 of each filter; a0 is 1.
+    size : int
+        Samples of a step.
+
+    Returns
+    -------
+    ndarray of float64, shape (steps, channels)
+    """
+    b0, b1, b2, a1, a2 = biquads[0]
+    d0, d1, d2, c1, c2 = biquads[1]
+    energies = np.empty((len(pcm) // size, pcm.shape[1]))
+    for channel in range(pcm.shape[1]):
+        x1 = x2 = y1 = y2 = z1 = z2 = 0.0
+        for step in range(len(energies)):
+            energy = 0.0
+            for i in range(step * size, (step + 1) * size):
+                x = np.float64(pcm[i, channel])
+                y = b0 * x + b1 * x1 + b2 * x2 - a2 * y2 - a1 * y1
+                z = d0 * y + d1 * y1 + d2 * y2 - c2 * z2 - c1 * z1
+                x1, x2, y1, y2, z1, z2 = x, x1, y, y1, z, z1
+                energy += z * z
+            if abs(y1) + abs(y2) < _INAUDIBLE:
+                y1 = y2 = 0.0
+            if abs(z1) + abs(z2) < _INAUDIBLE:
+                z1 = z2 = 0.0
+            energies[step, channel] = energy
+    return energies
+
+
+@_compiled(
+    "float64[::1](Array(float32, 1, 'C', readonly=True), float64, int64, float64[::1])",
+    reorders=False,
+)
+def frame_powers(
+    mono: NDArray[np.float32], decay: float, size: int, state: NDArray[np.float64]
+) -> NDArray[np.float64]:
+    """Return the power behind a high-pass at the end of each whole frame.
+
+    Parameters
+    ----------
+    mono : ndarray of float32, shape (samples,)
+        The signal, or a block of it.
+    decay : float
+        What is left of the weight of a power after a sample, in 0..1.
+    size : int
+        Samples of a frame.
+    state : ndarray of float64, shape (3,)
+        Zeros before the signal; overwritten, for the block that follows.
+
+    Returns
+    -------
+    ndarray of float64, shape (frames,)
+    """
+    x1, y, power = state
+    powers = np.empty(len(mono) // size)
+    for frame in range(len(powers)):
+        for i in range(frame * size, (frame + 1) * size):
+            x = np.float64(mono[i])
+            y = 0.98595 * (x - x1) + 0.9719 * y
+            x1 = x
+            power = (1 - decay) * (y * y) + decay * power
+        if abs(y) < _INAUDIBLE:
+            y = 0.0
+        powers[frame] = power
+    state[0], state[1], state[2] = x1, y, power
+    return powers

@@ -6,13 +6,10 @@ poles of the high-pass from 0.9946 to 0.9930 and 0.9962: it attenuates 40 Hz by 
 a constant by 21 dB only. Music reads 0.1 LU too low, with much bass 0.5.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
 
 import numpy as np
-import scipy
 import soxr
 from numpy.typing import NDArray
 
@@ -94,40 +91,16 @@ def _extract_alternative(audio: Audio) -> Row:
 
 def _step_powers(audio: Audio) -> Powers:
     """Return the K-weighted power of each whole 0.1 s, the channels added up."""
-    lfilter = _lfilter()
-    numerator, denominator = _k_weighting()
-    state = np.zeros((audio.channels, len(numerator) - 1))
-    powers = []
-    for block in audio.blocks(_BLOCK_SECONDS):
-        channels = np.ascontiguousarray(block.pcm.T, np.float64)
-        weighted, state = lfilter(numerator, denominator, channels, -1, state)
-        count = weighted.shape[1] // _STEP_SIZE
-        steps = weighted[:, : count * _STEP_SIZE].reshape(audio.channels, count, _STEP_SIZE)
-        powers.append(np.einsum("csi,csi->s", steps, steps) / _STEP_SIZE)
-    return np.concatenate(powers)
+    from audio_assets.features.kernels import step_energies
+
+    energies = step_energies(np.ascontiguousarray(audio.pcm), _k_weighting(), _STEP_SIZE)
+    powers: Powers = energies.sum(axis=1) / _STEP_SIZE
+    return powers
 
 
 @cache
-def _lfilter() -> Callable[..., tuple[Powers, Powers]]:
-    """Return ``scipy.signal.lfilter``, or the C function that it calls, with the same arguments.
-
-    To import scipy.signal takes a second, as it imports most of SciPy.
-    """
-    # Not public: the C function's module is loaded without its package.
-    spec = PathFinder.find_spec("scipy.signal._sigtools", [f"{scipy.__path__[0]}/signal"])
-    if spec is None or spec.loader is None:
-        from scipy.signal import lfilter
-
-        return lfilter
-    module = module_from_spec(spec)
-    spec.loader.exec_module(module)
-    linear_filter: Callable[..., tuple[Powers, Powers]] = module._linear_filter
-    return linear_filter
-
-
-@cache
-def _k_weighting() -> tuple[Powers, Powers]:
-    """Return the coefficients of the two filters of BS.1770 at 44.1 kHz, in one.
+def _k_weighting() -> Powers:
+    """Return b0, b1, b2, a1, a2 of the two filters of BS.1770 at 44.1 kHz.
 
     The recommendation tabulates them at 48 kHz; these are the analogue filters behind the table
     (De Man, "Evaluation of implementations of the EBU R128 loudness measurement", AES 145, 2018)
@@ -143,9 +116,9 @@ def _k_weighting() -> tuple[Powers, Powers]:
     k = np.tan(np.pi * cutoff / SAMPLE_RATE)
     pass_a = [1 + k / q + k * k, 2 * (k * k - 1), 1 - k / q + k * k]
     # The table gives the high-pass numerator as 1, -2, 1 without normalizing it.
-    numerator = np.convolve(shelf_b, [1, -2, 1]) * pass_a[0]
-    denominator = np.convolve(shelf_a, pass_a)
-    return numerator / denominator[0], denominator / denominator[0]
+    shelf, high_pass = np.array([*shelf_b, *shelf_a[1:]]), np.array([1, -2, 1, *pass_a[1:]])
+    high_pass[3:] /= pass_a[0]
+    return np.array([shelf / shelf_a[0], high_pass])
 
 
 def _lufs(power: Powers | np.floating) -> Powers:
@@ -231,19 +204,15 @@ def _resampled_peak(pcm: Samples) -> float:
 
 def _dynamic_complexity(audio: Audio) -> float:
     """Return the mean deviation (dB) from the global loudness (Streich, 2007, section 4.1)."""
-    lfilter = _lfilter()
-    decay = np.exp(-1 / (0.035 * SAMPLE_RATE))
-    weights = (1 - decay) * decay ** np.arange(_COMPLEXITY_FRAME_SIZE)[::-1]
-    state = np.zeros(1)
-    powers = []
-    for block in audio.blocks(_BLOCK_SECONDS):
-        weighted, state = lfilter([0.98595, -0.98595], [1, -0.9719], block.mono(), -1, state)
-        count = len(weighted) // _COMPLEXITY_FRAME_SIZE
-        frames = weighted[: count * _COMPLEXITY_FRAME_SIZE].reshape(count, _COMPLEXITY_FRAME_SIZE)
-        powers.append(np.square(frames) @ weights)
-    # What the frames before have left.
-    remaining = decay**_COMPLEXITY_FRAME_SIZE
-    power, _ = lfilter([1], [1, -remaining], np.concatenate(powers), -1, np.zeros(1))
+    from audio_assets.features.kernels import frame_powers
+
+    decay, state = np.exp(-1 / (0.035 * SAMPLE_RATE)), np.zeros(3)
+    power = np.concatenate(
+        [
+            frame_powers(block.mono(), decay, _COMPLEXITY_FRAME_SIZE, state)
+            for block in audio.blocks(_BLOCK_SECONDS)
+        ]
+    )
     level = np.maximum(10 * np.log10(np.maximum(power, 1e-30)), _COMPLEXITY_FLOOR_DB)
     audible = np.flatnonzero(level > _COMPLEXITY_FLOOR_DB)
     if len(audible) == 0:

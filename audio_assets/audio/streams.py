@@ -25,6 +25,7 @@ from audio_assets.audio.structure import (
     streams_within,
     without_tags,
 )
+from audio_assets.library.formats import HEAD_BYTES, format_of
 
 DecoderName = Literal["av", "soundfile", "salvage"]
 
@@ -363,9 +364,13 @@ def _open_with_soundfile(file: BinaryIO) -> Iterator[Stream]:
         sound = soundfile.SoundFile(file.fileno(), closefd=False)
     except soundfile.LibsndfileError as error:
         raise unrecognized(file, by_soundfile=True) from error
+    section = without_tags(file)
     with sound:
+        # It looks for an MPEG frame behind other bytes, and finds one in any.
+        if sound.format == "MP3" and not format_of(section.at(0, HEAD_BYTES)):
+            raise unrecognized(file, by_soundfile=True)
         check_shape(sound.samplerate, sound.channels)
-        yield _SoundfileStream(without_tags(file), sound)
+        yield _SoundfileStream(section, sound)
 
 
 def _codec_of(sound: soundfile.SoundFile) -> str:

@@ -11,7 +11,7 @@ from audio_assets.audio.decode import Limits, decode
 from audio_assets.audio.errors import AudioFileError, CorruptFileError, UnsupportedFormatError
 from audio_assets.audio.pcm import SAMPLE_RATE, SourceInfo
 from audio_assets.library.formats import mpeg_frame
-from tests.audio.damage import AROUND, FORMATS, NOISE, encode, id3v2, overwritten
+from tests.audio.damage import AROUND, FORMATS, encode, id3v2, noise, overwritten
 from tests.conftest import PROJECT
 
 SECONDS = 8.0
@@ -176,7 +176,7 @@ def test_a_protected_file_says_so(tmp_path: Path, files: Callable[[str], bytes])
     at = content.index(b"mp4a", content.index(b"stsd"))
     content[at : at + 4] = b"drms"
     start = content.index(b"mdat") + 8
-    content[start:] = NOISE.bytes(len(content) - start)
+    content[start:] = noise(len(content) - start)
     with pytest.raises(UnsupportedFormatError, match=r"is protected \(DRM\)"):
         decoded(tmp_path, bytes(content))
 
@@ -185,7 +185,7 @@ def test_compressed_data_is_never_taken_for_samples(
     tmp_path: Path, files: Callable[[str], bytes]
 ) -> None:
     frames = files("ADTS, AAC")[:40_000]
-    for rubbish in (NOISE.bytes(400_000), frames[1000:2000] + NOISE.bytes(300_000)):
+    for rubbish in (noise(400_000), frames[1000:2000] + noise(300_000)):
         with pytest.raises(AudioFileError):
             decoded(tmp_path, rubbish)
 

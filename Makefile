@@ -22,7 +22,7 @@ dev: $(DEV) ## Dagster on http://localhost:3000, pages and metrics on http://loc
 	    trap "kill $$! 2>/dev/null" EXIT INT TERM && $(VENV)/bin/dagster dev --workspace workspace.yaml
 
 test: $(DEV) ## All tests, those of a file after one another
-	$(VENV)/bin/pytest --numprocesses $$(($$(nproc) < 4 ? $$(nproc) + 2 : 6)) --dist loadfile \
+	$(VENV)/bin/pytest --numprocesses $$(($$(nproc) < 4 ? $$(nproc) + 1 : 4)) --dist loadfile \
 	    --no-loadscope-reorder
 
 test-pythons: $(PYTHON_TESTS) ## The installed wheel on each promised Python that can be found here

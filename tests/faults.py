@@ -7,6 +7,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import numpy as np
+
 from audio_assets.audio.pcm import Audio
 from audio_assets.features.base import Column, FeatureSet, Row
 
@@ -44,6 +46,11 @@ def hoard(audio: Audio) -> Row:
         while True:
             hoarded.append(bytearray(os.urandom(1024)) * 32 * 1024)
     return sound(audio)
+
+
+def median_level(audio: Audio) -> Row:
+    """Need memory for the whole signal at once."""
+    return {"value": float(np.median(np.abs(audio.mono())))}
 
 
 def _traces(audio: Audio) -> Path:

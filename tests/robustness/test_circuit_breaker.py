@@ -115,7 +115,7 @@ def test_successful_probe_closes() -> None:
 
 
 def test_failed_probe_opens_again() -> None:
-    breaker = CircuitBreaker(failure_threshold=3, recovery_timeout=0.02, counts=is_outage)
+    breaker = CircuitBreaker(failure_threshold=3, recovery_timeout=1, counts=is_outage)
     open_up(breaker)
     wait_until(lambda: breaker.get_state() is HALF_OPEN)
     fail_once(breaker)
@@ -581,12 +581,12 @@ def test_ten_processes_hammer_one_breaker(url: str, permits: int) -> None:
     probing = processes.Value("i", 0)
     most = processes.Value("i", 0)
     probes = processes.Value("i", 0)
-    has_closed = processes.Event()
+    has_closed, has_reopened = processes.Event(), processes.Event()
     start = processes.Barrier(10)
 
     def watch(transition: Transition) -> None:
-        if transition.to_state == CLOSED:
-            has_closed.set()
+        if transition.from_state == HALF_OPEN:
+            (has_closed if transition.to_state == CLOSED else has_reopened).set()
 
     def hammer() -> None:
         add_transition_listener(watch)
@@ -596,7 +596,10 @@ def test_ten_processes_hammer_one_breaker(url: str, permits: int) -> None:
         start.wait(30)
         end = time.monotonic() + 50
         while time.monotonic() < end and not (
-            has_closed.is_set() and probes.value >= 20 and most.value >= permits
+            has_closed.is_set()
+            and has_reopened.is_set()
+            and probes.value >= 20
+            and most.value >= permits
         ):
             try:
                 permit = breaker.acquire()

@@ -152,6 +152,8 @@ def information_gain(magnitudes: NDArray[np.float32], start: int, stop: int) -> 
 _INAUDIBLE = 1e-30
 """What is left in a filter is set to 0 below this: denormal numbers take fifty times as long."""
 
+_INTERPOLATED_AT_ONCE = 128
+
 
 @_compiled(
     "float64[:,::1](Array(float32, 2, 'C', readonly=True), float64[:,::1], int64)", reorders=False
@@ -232,3 +234,60 @@ def frame_powers(
         powers[frame] = power
     state[0], state[1], state[2] = x1, y, power
     return powers
+
+
+@_compiled("float32(Array(float32, 2, 'C', readonly=True), float32[:,::1], float32)")
+def interpolated_peak(
+    pcm: NDArray[np.float32], filters: NDArray[np.float32], reach: float
+) -> np.float32:
+    """Return the largest modulus of the samples and of what filters interpolate between them.
+
+    Between two samples a filter gives at most the larger one, or more by ``reach`` times the root
+    sum square of the second differences of all samples that it reads. Only parts of the signal
+    where this could exceed the peak so far are interpolated: the result is that of the whole.
+
+    Parameters
+    ----------
+    pcm : ndarray of float32, shape (samples, channels)
+        The signal; outside it there are zeros.
+    filters : ndarray of float32, shape (places, taps)
+        For places between two samples, which are in the middle of those read.
+    reach : float
+        Of the filters' deviations from straight lines between the two samples, written as weights
+        of second differences, the largest root sum square.
+    """
+    (size, channels), (places, taps) = pcm.shape, filters.shape
+    flat = pcm.reshape(-1)
+    part = np.empty(_INTERPOLATED_AT_ONCE + taps - 1, np.float32)
+    values = np.empty(_INTERPOLATED_AT_ONCE, np.float32)
+    peak = np.float32(0)
+    for start in range(1 - taps // 2, size + 1 - taps // 2, _INTERPOLATED_AT_ONCE):
+        stop = start + len(part)
+        if start > 0 and stop < size:
+            before = flat[(start - 1) * channels : (stop - 1) * channels]
+            here = flat[start * channels : stop * channels]
+            after = flat[(start + 1) * channels : (stop + 1) * channels]
+            squares = np.float32(0)
+            for i in range(len(here)):
+                squares += ((after[i] - here[i]) - (here[i] - before[i])) ** 2
+            enough = peak - reach * np.sqrt(squares)
+            count = 0
+            for i in range(len(here)):
+                count += abs(here[i]) > enough
+            if count == 0:
+                continue
+        for channel in range(channels):
+            part[:] = 0
+            for i in range(max(start, 0), min(stop, size)):
+                part[i - start] = pcm[i, channel]
+            for i in range(len(part)):
+                peak = max(peak, abs(part[i]))
+            for place in range(places):
+                values[:] = 0
+                for tap in range(taps):
+                    weight, read = filters[place, tap], part[tap : tap + len(values)]
+                    for i in range(len(values)):
+                        values[i] += weight * read[i]
+                for i in range(len(values)):
+                    peak = max(peak, abs(values[i]))
+    return peak

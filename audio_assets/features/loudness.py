@@ -35,15 +35,13 @@ _LOUDEST_DB = 200
 """Samples of 32-bit integers that were not scaled reach 187 dB."""
 
 _OVERSAMPLING = 4
-_PIECE = 64
-_REACH = _PIECE // 2  # samples to either side of an interpolated place that its filter reads
-_PIECES_AT_ONCE = 256
+_READ = 32  # samples to either side of an interpolated place
 _KAISER_BETA = 8.0
 _RESAMPLER_CONTEXT = 1024
 
 
 def _extract(audio: Audio) -> Row:
-    if is_silent(audio.pcm):
+    if all(is_silent(block.pcm) for block in audio.blocks(_BLOCK_SECONDS)):
         return FEATURE_SET.empty_row
     power = _step_powers(audio)
     momentary, short_term = (
@@ -134,58 +132,30 @@ def _gated(power: Powers, relative_gate_lu: float) -> Powers:
 
 
 def _true_peak(pcm: Samples) -> float:
-    """Return the largest value of the channels oversampled four times (full scale is 1).
+    """Return the largest value of the channels oversampled four times (full scale is 1)."""
+    from audio_assets.features.kernels import interpolated_peak
 
-    No interpolated value exceeds the largest sample that its filter reads times the sum of the
-    moduli of the filter's coefficients, here at most 2.83 (9 dB). So only pieces of 64 samples
-    where this bound exceeds the peak found so far are oversampled, those of the largest samples
-    first: the result is that of the whole signal.
-    """
-    filters, bound = _interpolation()
-    peak = 0.0
-    for start in range(0, len(pcm), _BLOCK_SECONDS * SAMPLE_RATE):
-        for channel in range(pcm.shape[1]):
-            samples = _in_pieces(pcm[:, channel], start)
-            pieces = np.lib.stride_tricks.sliding_window_view(samples, len(filters))[::_PIECE]
-            halves = np.abs(samples).reshape(-1, _REACH).max(axis=1)
-            # A piece reads half a piece more to either side.
-            read = np.maximum.reduce([halves[:-3:2], halves[1:-2:2], halves[2:-1:2], halves[3::2]])
-            peak = max(peak, float(halves.max()))
-            order = np.argsort(read)[::-1]
-            for first in range(0, len(order), _PIECES_AT_ONCE):
-                some = order[first : first + _PIECES_AT_ONCE]
-                some = some[read[some] * bound > peak]
-                if len(some) == 0:
-                    break
-                peak = max(peak, float(np.abs(pieces[some] @ filters).max()))
-    return peak
-
-
-def _in_pieces(channel: Samples, start: int) -> Samples:
-    """Return whole pieces of a block, with what the filters read around them; 0 outside."""
-    size = min(_BLOCK_SECONDS * SAMPLE_RATE, len(channel) - start)
-    samples = np.zeros(-(-size // _PIECE) * _PIECE + 2 * _REACH, np.float32)
-    first = max(0, start - _REACH)
-    part = channel[first : start + size + _REACH]
-    offset = first - start + _REACH
-    samples[offset : offset + len(part)] = part
-    return samples
+    return float(interpolated_peak(np.ascontiguousarray(pcm), *_interpolation()))
 
 
 @cache
 def _interpolation() -> tuple[Samples, float]:
-    """Return filters for the three places after each sample of a piece, and their bound.
+    """Return filters for the three places between two samples, and how far they reach beyond both.
 
-    Sinc functions in a Kaiser window, flat within 0.01 dB to 20 kHz, shape (samples read, places).
+    Sinc functions in a Kaiser window, flat within 0.01 dB to 20 kHz, shape (places, samples read).
     Peaks of Gaussian white noise, which goes beyond, come out within 0.2 dB.
     """
-    places = _REACH + np.arange(_PIECE * _OVERSAMPLING) / _OVERSAMPLING
-    places = places[places % 1 > 0]
-    distances = np.arange(_PIECE + 2 * _REACH)[:, None] - places
-    inside = np.sqrt(np.maximum(1 - (distances / _REACH) ** 2, 0))
-    window = np.where(inside > 0, np.i0(_KAISER_BETA * inside), 0) / np.i0(_KAISER_BETA)
-    filters = np.sinc(distances) * window
-    return filters.astype(np.float32), float(np.abs(filters).sum(axis=0).max())
+    places = np.arange(1, _OVERSAMPLING)[:, None] / _OVERSAMPLING
+    samples = np.arange(1 - _READ, _READ + 1)
+    window = np.i0(_KAISER_BETA * np.sqrt(1 - ((samples - places) / _READ) ** 2))
+    filters = np.sinc(samples - places) * window / np.i0(_KAISER_BETA)
+    # Less a straight line from sample 0 to 1, filters are sums of weighted second differences.
+    right = filters @ samples
+    bends = filters.copy()
+    bends[:, _READ - 1] -= filters.sum(axis=1) - right
+    bends[:, _READ] -= right
+    weights = bends.cumsum(axis=1).cumsum(axis=1)
+    return filters.astype(np.float32), float(np.linalg.norm(weights, axis=1).max())
 
 
 def _resampled_peak(pcm: Samples) -> float:

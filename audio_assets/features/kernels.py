@@ -231,6 +231,8 @@ def frame_powers(
             power = (1 - decay) * (y * y) + decay * power
         if abs(y) < _INAUDIBLE:
             y = 0.0
+        if power < _INAUDIBLE:
+            power = 0.0
         powers[frame] = power
     state[0], state[1], state[2] = x1, y, power
     return powers

@@ -327,7 +327,7 @@ def compare_section(results: Mapping[str, Any]) -> str:
     parts.append("![CPU time per second of audio](images/benchmark-speed.svg)")
     rows = [(name, f"{ratio:.2f}") for name, ratio in results["ratios"].items()]
     parts.append(table(("ratio", "found"), rows))
-    what, _, systems = comparisons(results)[0]
+    what, _, systems = comparisons(results)[-1]
     project = systems["project"]
     parts.append(f"CPU time per second of audio by part, {what}:")
     named = [systems[name] for name in ("project", "bare", "algorithms")]

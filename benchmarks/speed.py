@@ -99,10 +99,10 @@ def compare(
     source = find_source(scratch, FULL_RATE)
     tracks = make_library(source, scratch / "tracks", files=count, seconds=seconds, seed=1)
     peers = [system for system, module in PEERS.items() if find_spec(module)]
-    own = ["bare", "project", "algorithms"]
+    without_systems = ["bare", "project", "algorithms", *peers, "plain"]
     for name, sets, files, systems in (
-        ("with_musicnn", feature_sets, tracks, [*own, "plain"]),
-        ("without_musicnn", without, tracks[:few], [*own, *peers, "plain"]),
+        ("with_musicnn", feature_sets, tracks, ["bare", "project", "plain"]),
+        ("without_musicnn", without, tracks[:few], without_systems),
     ):
         if name == "with_musicnn" and "musicnn" not in feature_sets:
             continue

@@ -24,6 +24,7 @@ CONTESTANTS = {
     "sonara": "sonara",
     "plain": "plain Dagster, a run per file",
 }
+_WITH_PARTS = ("project", "bare", "algorithms")
 COMPARISONS = {
     "with_musicnn": "all feature sets",
     "without_musicnn": "without MusiCNN",
@@ -330,9 +331,9 @@ def compare_section(results: Mapping[str, Any]) -> str:
     what, _, systems = comparisons(results)[-1]
     project = systems["project"]
     parts.append(f"CPU time per second of audio by part, {what}:")
-    named = [systems[name] for name in ("project", "bare", "algorithms")]
+    shown = {label: systems[n] for n, label in CONTESTANTS.items() if n in _WITH_PARTS}
     rows = [
-        (part, *(_per_audio(system, system["parts_cpu_s"].get(part)) for system in named))
+        (part, *(_per_audio(system, system["parts_cpu_s"].get(part)) for system in shown.values()))
         for part in project["parts_cpu_s"]
     ]
     rows += [
@@ -341,8 +342,7 @@ def compare_section(results: Mapping[str, Any]) -> str:
     ]
     workers = project["cpu_s"] - project["main_cpu_s"] - sum(project["parts_cpu_s"].values())
     rows.append(("workers' start, identifying files, IPC", _per_audio(project, workers), "", ""))
-    labels = (CONTESTANTS[name] for name in ("project", "bare", "algorithms"))
-    parts.append(table(("", *labels), rows))
+    parts.append(table(("", *shown), rows))
     return "\n\n".join(parts)
 
 

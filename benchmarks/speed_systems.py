@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,21 @@ def _report(found: dict[str, Any]) -> None:
     Path(os.environ[REPORT]).write_text(json.dumps(found))
 
 
-def _summed(parts: Sequence[dict[str, float]]) -> dict[str, float]:
+def _timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    began = time.process_time()
+    try:
+        return function(*args)
+    finally:
+        with Path(f"{os.environ[REPORT]}.parts").open("a") as file:
+            file.write(json.dumps({name: time.process_time() - began}) + "\n")
+
+
+def _parts() -> dict[str, float]:
+    """Return the CPU time of each part (s), of all processes."""
+    path = Path(f"{os.environ[REPORT]}.parts")
     total: dict[str, float] = defaultdict(float)
-    for part in parts:
-        for name, seconds in part.items():
+    for line in path.read_text().splitlines() if path.exists() else ():
+        for name, seconds in json.loads(line).items():
             total[name] += seconds
     return dict(total)
 
@@ -100,53 +111,42 @@ def _summed(parts: Sequence[dict[str, float]]) -> dict[str, float]:
 # The project's extractors, Essentia's algorithms and other extractors, in a process pool
 
 
-def extract_all(path: Path) -> dict[str, float]:
-    """Decode a file once and extract everything; return the CPU time of each part (s)."""
+def extract_all(path: Path) -> None:
+    """Decode a file once and extract everything."""
     import tempfile
 
     from audio_assets.audio.decode import decode
     from audio_assets.audio.pcm import Audio
     from audio_assets.features import FEATURE_SETS
 
-    times = {}
     with tempfile.TemporaryDirectory() as directory:
-        began = time.process_time()
         pcm = Path(directory) / "pcm.npy"
-        decode(path, pcm)
+        _timed("decode", decode, path, pcm)
         audio = Audio.open(pcm, path)
-        times["decode"] = time.process_time() - began
         for name, feature_set in FEATURE_SETS.items():
-            began = time.process_time()
-            feature_set.extract(audio)
-            times[name] = time.process_time() - began
-    return times
+            _timed(name, feature_set.extract, audio)
 
 
-def run_algorithms(path: Path) -> dict[str, float]:
+def run_algorithms(path: Path) -> None:
     """Do the same by Essentia's own algorithms."""
     from audio_assets.features import FEATURE_SETS
     from benchmarks import essentia_algorithms
 
-    began = time.process_time()
-    stereo = essentia_algorithms.load(path)
-    times = {"decode": time.process_time() - began}
+    stereo = _timed("decode", essentia_algorithms.load, path)
     for name in FEATURE_SETS:
-        began = time.process_time()
-        essentia_algorithms.extract(name, path, stereo)
-        times[name] = time.process_time() - began
-    return times
+        _timed(name, essentia_algorithms.extract, name, path, stereo)
 
 
-def _run_bare(library: str, extract: Callable[[Path], dict[str, float]]) -> None:
+def _run_bare(library: str, extract: Callable[[Path], None]) -> None:
     import multiprocessing
 
     import audio_assets.extraction.preload  # noqa: F401 - before the fork, once for all workers
 
     with multiprocessing.get_context("fork").Pool(_workers()) as pool:
-        times = pool.map(extract, _files(library), chunksize=1)
+        pool.map(extract, _files(library), chunksize=1)
         pool.close()
         pool.join()
-    _report({"parts_cpu_s": _summed(times)})
+    _report({"parts_cpu_s": _parts()})
 
 
 def music_extractor(path: Path) -> None:
@@ -237,15 +237,6 @@ def timed_extract(file: Any, feature_set: Any, *args: Any) -> Any:
     return _timed(feature_set.name, extract, file, feature_set, *args)
 
 
-def _timed(name: str, function: Callable[..., Any], *args: Any) -> Any:
-    began = time.process_time()
-    try:
-        return function(*args)
-    finally:
-        with Path(f"{os.environ[REPORT]}.parts").open("a") as file:
-            file.write(json.dumps({name: time.process_time() - began}) + "\n")
-
-
 def _run_project(library: str) -> None:
     import dagster as dg
 
@@ -297,11 +288,9 @@ def _run_project(library: str) -> None:
         if ended.code:
             raise
     finally:
-        parts = Path(f"{os.environ[REPORT]}.parts")
-        lines = parts.read_text().splitlines() if parts.exists() else []
         _report(
             {
-                "parts_cpu_s": _summed([json.loads(line) for line in lines]),
+                "parts_cpu_s": _parts(),
                 "main_cpu_s": time.process_time(),
                 "startup_cpu_s": started.get("cpu", 0.0),
                 "main_parts_cpu_s": watch.cpu,

@@ -59,7 +59,7 @@ def init(
         if not (home / ".env").exists():
             (home / ".env").write_text(ENV_FILE)
             set_key(home / ".env", "DAGSTER_HOME", str(home))
-        # Compiled in two processes at once, it crashes (github.com/numba/numba/issues/10128).
+        # Compiled in two processes at once, librosa crashes (github.com/numba/numba/issues/10128).
         with console.status("compiling, which takes a minute, once"):
             import_module("audio_assets.features.kernels")
             import_module("librosa.beat")

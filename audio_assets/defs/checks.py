@@ -102,6 +102,7 @@ def _check_tables(context: dg.AssetCheckExecutionContext) -> Iterator[dg.AssetCh
 
     Dagster makes an event of an output of each `dg.AssetCheckResult`, which nothing reads.
     """
+    # Not public: what Dagster itself makes of an `AssetCheckResult`, before it yields the output.
     step = context.get_step_execution_context()
     context.log.setLevel(logging.WARNING)  # not the note that there are no outputs
     warehouse = get_settings().warehouse

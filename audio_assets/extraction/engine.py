@@ -180,7 +180,8 @@ class Engine:
         """Of the files with the same content, the one that is analysed."""
         self._unreported: dict[str, set[str]] = {}
         """Keys of the files whose cells are not reported yet, by feature set."""
-        self._failed: dict[str, dict[str, CellOutcome]] = defaultdict(dict)
+        self._failed: dict[tuple[str, str], CellOutcome] = {}
+        """Failed cells, by file and feature set."""
         self._failing_since: dict[str, float] = {}
         self._due: dict[str, datetime] = {}
         """When the first degraded row is due again, by feature set."""
@@ -297,14 +298,9 @@ class Engine:
         """Result of the run, if it ends now."""
         if not self._has_begun or any(self._unreported.values()):
             return RunResult.DEFERRED if self._ends_deferred else RunResult.INCOMPLETE
-        failed = {
-            (file_key, feature_set)
-            for feature_set, outcomes in self._failed.items()
-            for file_key in outcomes
-        }
-        if failed - self._results.quarantined:
+        if self._failed.keys() - self._results.quarantined:
             return RunResult.INCOMPLETE
-        return RunResult.BAD_FILES if failed else RunResult.COMPLETE
+        return RunResult.BAD_FILES if self._failed else RunResult.COMPLETE
 
     @property
     def wait(self) -> Wait | None:
@@ -340,7 +336,7 @@ class Engine:
 
     def failed(self, feature_set: str) -> list[CellOutcome]:
         """Return a feature set's failed cells, whichever op reported them."""
-        return list(self._failed[feature_set].values())
+        return [o for o in self._failed.values() if o.feature_set == feature_set]
 
     @property
     def retry(self) -> tuple[datetime, list[str]] | None:
@@ -443,10 +439,8 @@ class Engine:
             self._due[outcome.feature_set] = min(due, self._due.get(outcome.feature_set, due))
         # Files with the same content find the row in the landing from now on.
         self._files[outcome.file_key].cells[outcome.feature_set].row = None
-        # A file that was replaced meanwhile is reported anew.
-        self._failed[outcome.feature_set].pop(outcome.file_key, None)
         if outcome.status is CellStatus.FAILED:
-            self._failed[outcome.feature_set][outcome.file_key] = outcome
+            self._failed[outcome.file_key, outcome.feature_set] = outcome
         elif outcome.status is CellStatus.MATERIALIZED:
             self._cells_computed += 1
             self._audio_s += outcome.audio_s / len(self._feature_sets)
@@ -685,7 +679,9 @@ class Engine:
                 del self._leaders[before.content_hash]
             self._scratch.drop(file.scratch_name)
             self._outbox.withdraw(file.key)
-            self._results.quarantined -= {(file.key, name) for name in file.cells}
+            for name in file.cells:
+                self._results.quarantined.discard((file.key, name))
+                self._failed.pop((file.key, name), None)
             for keys in self._unreported.values():
                 keys.add(file.key)
             file.begin_anew()

@@ -17,7 +17,7 @@ from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.essentia_library import essentia
 from audio_assets.features.pictures import bars
-from audio_assets.features.statistics import finite, is_silent, largest, weighted_mean
+from audio_assets.features.statistics import channels_are_silent, finite, largest, weighted_mean
 
 Powers = NDArray[np.float64]
 
@@ -41,7 +41,7 @@ _RESAMPLER_CONTEXT = 1024
 
 
 def _extract(audio: Audio) -> Row:
-    if all(is_silent(block.pcm) for block in audio.blocks(_BLOCK_SECONDS)):
+    if channels_are_silent(audio):
         return FEATURE_SET.empty_row
     power = _step_powers(audio)
     momentary, short_term = (
@@ -66,7 +66,7 @@ def _extract(audio: Audio) -> Row:
 
 
 def _extract_alternative(audio: Audio) -> Row:
-    if is_silent(audio.pcm):
+    if channels_are_silent(audio):
         return FEATURE_SET.empty_row
     library = essentia()
     # A single channel is measured as one, as in ITU-R BS.1770 and FFmpeg's ebur128: both channels

@@ -20,6 +20,11 @@ def is_silent(samples: Samples) -> bool:
     return bool(samples.max() < threshold and samples.min() > -threshold)
 
 
+def channels_are_silent(audio: Audio) -> bool:
+    """Return whether each channel is silent; reads no more than it needs to."""
+    return all(is_silent(block.pcm) for block in audio.blocks(_BLOCK_SECONDS))
+
+
 def mono_is_silent(audio: Audio) -> bool:
     """Return whether the mean of the channels is silent; reads no more than it needs to."""
     return all(is_silent(block.mono()) for block in audio.blocks(_BLOCK_SECONDS))

@@ -79,7 +79,11 @@ class Alerts:
 
     def round(self, findings: Sequence[Finding]) -> None:
         """Send alerts of the incidents that begin or are over with the findings of a round."""
-        found = {f"{f.check} {f.subject}".rstrip(): f for f in findings}
+        found = {
+            f"{f.check} {f.subject}".rstrip(): f
+            for f in findings
+            if f.severity is not Severity.NOTE
+        }
         hidden = {name for f in findings for name in HIDES.get(f.check, ())}
         if any(f.check == "runs" and f.severity is Severity.UNKNOWN for f in findings):
             hidden |= {"outbox", "workers"}

@@ -1,4 +1,4 @@
-"""A finding: what is not well, since when, by what evidence, and what to do."""
+"""A finding: what is not well or worth a look, since when, by what evidence, and what to do."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -17,6 +17,8 @@ class Severity(StrEnum):
     """Work does not go on, or soon will not."""
     UNKNOWN = "unknown"
     """It could not be found out; counts like degraded."""
+    NOTE = "note"
+    """It is as it may be, and does not count."""
 
 
 class Health(StrEnum):
@@ -29,7 +31,7 @@ class Health(StrEnum):
 
 @dataclass(frozen=True)
 class Finding:
-    """Something that is not well.
+    """Something that is not well, or a note.
 
     Parameters
     ----------
@@ -38,7 +40,7 @@ class Finding:
     severity : Severity
         How bad it is.
     what : str
-        What is not well, in a sentence.
+        What it is, in a sentence.
     evidence : str
         What was seen.
     advice : str
@@ -71,7 +73,7 @@ class Finding:
 
 def health_of(findings: Iterable[Finding]) -> Health:
     """Return what findings together say."""
-    severities = {finding.severity for finding in findings}
+    severities = {finding.severity for finding in findings} - {Severity.NOTE}
     if Severity.BROKEN in severities:
         return Health.BROKEN
     return Health.DEGRADED if severities else Health.WELL

@@ -50,7 +50,7 @@ _Named: TypeAlias = tuple[str, str, _Check]
 _hanging: set[tuple[str, str]] = set()
 """The checks that have not ended yet: none is begun again before."""
 
-_ORDER = (Severity.BROKEN, Severity.DEGRADED, Severity.UNKNOWN)
+_ORDER = (Severity.BROKEN, Severity.DEGRADED, Severity.UNKNOWN, Severity.NOTE)
 
 
 def open_store() -> StateStore:

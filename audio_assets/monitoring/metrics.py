@@ -37,6 +37,7 @@ from audio_assets.monitoring.results import (
     landed_parts,
 )
 from audio_assets.monitoring.runs import alive_and_dead, recent_activity
+from audio_assets.monitoring.state import STATE
 from audio_assets.settings import get_settings
 from audio_assets.warehouse.part_names import written_at
 from robustness.circuit_breaker import CircuitState
@@ -204,13 +205,10 @@ class ProductCollector(Collector):
         states = GaugeMetricFamily(
             f"{PREFIX}breaker_state", "1 for the state of a breaker", labels=["breaker", "state"]
         )
-        statement = sa.select(
-            circuit_breakers.c.name, circuit_breakers.c.state, circuit_breakers.c.forced
-        ).order_by(circuit_breakers.c.name)
-        for name, state, forced in self._observer.store.query(lambda c: c.execute(statement).all()):
-            now = {"open": "OPEN", "disabled": "CLOSED"}.get(forced, state)
+        statement = sa.select(circuit_breakers.c.name, STATE).order_by(circuit_breakers.c.name)
+        for name, state in self._observer.store.query(lambda c: c.execute(statement).all()):
             for each in CircuitState:
-                states.add_metric([printable(name), each.value.lower()], now == each.value)
+                states.add_metric([printable(name), each.value.lower()], state == each.value)
         yield states
         quarantined = sorted(
             (cell.feature_set, cell.error_type) for cell in Quarantine(self._observer.store).list()

@@ -25,7 +25,7 @@ MIN_CELLS = 20
 """Of fewer cells no share is judged."""
 
 MAX_IMPAIRED = 0.05
-"""With a share of degraded or quarantined cells above this, and twice the former one, they grow."""
+"""With a share of degraded or quarantined cells above this, and twice the usual one, they grow."""
 
 HOUR_S, DAY_S = 3600.0, 86_400.0
 
@@ -40,16 +40,19 @@ class Ended:
     Parameters
     ----------
     done, failed, degraded, quarantined : int
-        Cells; degraded ones are done, too, and quarantined ones are not failed.
-    since : datetime or None
-        When the first attempt that failed was written.
+        Cells; degraded ones are done, too, and quarantined ones are not failed. Those of a file at
+        which there was no attempt were quarantined before, and do not count.
+    failed_since, degraded_since, quarantined_since : datetime or None
+        When the first attempt at these began.
     """
 
     done: int
     failed: int
     degraded: int
     quarantined: int
-    since: datetime | None = None
+    failed_since: datetime | None = None
+    degraded_since: datetime | None = None
+    quarantined_since: datetime | None = None
 
     @property
     def budget_spent(self) -> float | None:
@@ -138,12 +141,15 @@ def ended_since(connection: DuckDBPyConnection, seconds: float) -> Ended:
             count(*) FILTER (outcome = 'succeeded'),
             count(*) FILTER (outcome IN ('failed', 'given_up')),
             count(*) FILTER (outcome = 'succeeded' AND degraded),
-            count(*) FILTER (outcome = 'quarantined'),
-            min(started_at) FILTER (outcome IN ('failed', 'given_up'))
+            count(*) FILTER (outcome = 'quarantined' AND tried),
+            min(started_at) FILTER (outcome IN ('failed', 'given_up')),
+            min(started_at) FILTER (outcome = 'succeeded' AND degraded),
+            min(started_at) FILTER (outcome = 'quarantined' AND tried)
         FROM (
             SELECT
                 arg_max(outcome, row_id) AS outcome,
                 arg_max_null(degraded, row_id) IS NOT NULL AS degraded,
+                max(max(attempt)) OVER (PARTITION BY file_key) > 0 AS tried,
                 min(started_at) AS started_at
             FROM robustness.attempts WHERE row_id >= ? GROUP BY file_key, feature_set
         )
@@ -193,24 +199,40 @@ def _overspent(hour: Ended, day: Ended) -> Iterator[Finding]:
                 f"{ended.failed} of {ended.done + ended.failed}, {ended.budget_spent:.1f} times "
                 "the error budget",
                 "`audio-assets status` says why",
-                since=ended.since,
+                since=ended.failed_since,
                 subject=window,
             )
 
 
 def _growth(day: Ended, before: Ended) -> Iterator[Finding]:
-    for kind, now_, then, advice in (
-        ("degraded", day.degraded, before.degraded, "see the view features.degraded"),
-        ("quarantined", day.quarantined, before.quarantined, "`audio-assets quarantine list`"),
+    """Compare with what is usual, and note what is not more, or has nothing to compare with yet."""
+    for kind, cells, usual, since, advice in (
+        (
+            "degraded",
+            day.degraded,
+            before.share(before.degraded),
+            day.degraded_since,
+            'see `audio-assets query "FROM features.degraded"`',
+        ),
+        (
+            "quarantined",
+            day.quarantined,
+            before.share(before.quarantined),
+            day.quarantined_since,
+            "see `audio-assets quarantine list`",
+        ),
     ):
-        share, former = day.share(now_), before.share(then)
-        if share is not None and share > max(MAX_IMPAIRED, 2 * (former or 0.0)):
+        share = day.share(cells)
+        grows = bool(share and usual is not None and share > max(MAX_IMPAIRED, 2 * usual))
+        if cells:
             yield Finding(
                 "quality",
-                Severity.DEGRADED,
-                f"More cells than before are {kind}",
-                f"{now_} in the last day, {share:.0%} of those that ended"
-                + ("" if former is None else f"; {former:.0%} before"),
-                f"{advice}; a disk or a network that damages files is a common cause",
+                Severity.DEGRADED if grows else Severity.NOTE,
+                f"More cells than usual are {kind}" if grows else f"Some cells are {kind}",
+                f"{cells} in the last day"
+                + ("" if share is None else f", {share:.0%} of those that ended")
+                + ("" if usual is None else f"; {usual:.0%} before"),
+                advice + ("; a disk or a network that damages files is a common cause" * grows),
+                since=since,
                 subject=kind,
             )

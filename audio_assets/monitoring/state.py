@@ -10,6 +10,15 @@ from audio_assets.monitoring.findings import Finding, Severity, at
 from robustness.state import StateStore
 from robustness.state_schema import circuit_breakers
 
+STATE = sa.case(
+    {"open": "OPEN", "disabled": "CLOSED"},
+    value=circuit_breakers.c.forced,
+    else_=circuit_breakers.c.state,
+).label("state")
+"""The state of a breaker, also of one that was set by hand."""
+
+_BY_HAND = {"open": "held open by hand", "disabled": "disabled by hand: it lets all calls through"}
+
 RETURN_S = 0.6
 """Time that a store takes to come back, or to see that it cannot (s)."""
 
@@ -34,8 +43,8 @@ def check_state(now: float, store: StateStore) -> Iterator[Finding]:
         yield Finding(
             "breakers",
             Severity.DEGRADED,
-            f"The breaker {row['name']} is {row['state'].lower().replace('_', '-')}"
-            + (f", set {forced} by hand" if forced else ""),
+            f"The breaker {row['name']} is "
+            + (_BY_HAND[forced] if forced else row["state"].lower().replace("_", "-")),
             str(row["last_error"] or "set by hand"),
             f"`audio-assets breakers reset {row['name']}`"
             if forced
@@ -46,8 +55,12 @@ def check_state(now: float, store: StateStore) -> Iterator[Finding]:
 
 
 def breakers(store: StateStore) -> list[dict[str, Any]]:
-    """Return the breakers that are not closed or were set by hand, as rows of the store."""
-    is_closed = (circuit_breakers.c.state == "CLOSED") & circuit_breakers.c.forced.is_(None)
-    statement = sa.select(circuit_breakers).where(~is_closed).order_by(circuit_breakers.c.name)
+    """Return the breakers that are not closed or were set by hand, by name, as dicts of columns."""
+    breaker = circuit_breakers.c
+    statement = (
+        sa.select(breaker.name, STATE, breaker.forced, breaker.opened_at, breaker.last_error)
+        .where((STATE != "CLOSED") | breaker.forced.is_not(None))
+        .order_by(breaker.name)
+    )
     rows = store.query(lambda connection: connection.execute(statement).mappings().all())
     return [dict(row) for row in rows]

@@ -42,7 +42,7 @@ from robustness.activity import report_activity
 from robustness.circuit_breaker import get_circuit_breaker
 from tests.conftest import forget_state
 from tests.robustness.conftest import postgres, postgres_url  # noqa: F401 - fixtures
-from tests.warehouse.rows import attempt
+from tests.warehouse.rows import START, attempt
 
 REPOSITORY = RemoteRepositoryOrigin(RegisteredCodeLocationOrigin("audio_assets"), "__repository__")
 
@@ -261,7 +261,11 @@ def test_a_locked_state_store_and_an_open_breaker_are_named(home: Path) -> None:
     get_circuit_breaker("feature:key").force_open()
     [finding] = found()
     assert (finding.check, finding.subject) == ("breakers", "feature:key")
+    assert finding.what == "The breaker feature:key is held open by hand"
     assert "breakers reset feature:key" in finding.advice
+    get_circuit_breaker("feature:key").disable()
+    [finding] = found()
+    assert "is disabled by hand" in finding.what
     get_circuit_breaker("feature:key").reset()
     assert checks() == set()
     with sqlite3.connect(home / "robustness.db", isolation_level=None) as connection:
@@ -343,11 +347,8 @@ def test_a_database_that_cannot_be_read_is_not_known(home: Path) -> None:
 
 
 def test_failures_of_the_last_hour_and_day_are_weighed(home: Path) -> None:
-    now = datetime.now(UTC)
-    early = now - timedelta(days=3)
     good = [attempt(f"good {n}", run_id="recent") for n in range(90)]
     landing = open_landing()
-    landing.append("robustness/runs", [{"run_id": "old", "started_at": early, "ended_at": early}])
     landing.append("robustness/attempts", good)
     publish()
     assert checks() == set()
@@ -358,7 +359,53 @@ def test_failures_of_the_last_hour_and_day_are_weighed(home: Path) -> None:
     recovered = [attempt(f"failed {n}", run_id="recent", degraded="cut") for n in range(10)]
     landing.append("robustness/attempts", recovered)
     publish()
-    assert [(f.check, f.subject) for f in found()] == [("quality", "degraded")]
+    [note] = found()
+    assert (note.check, note.subject, note.severity) == ("quality", "degraded", Severity.NOTE)
+
+
+@pytest.mark.parametrize(
+    ("outcome", "values"), [("quarantined", {}), ("succeeded", {"degraded": "cut"})]
+)
+def test_bad_files_are_a_note_until_they_are_more_than_usual(
+    home: Path, outcome: str, values: dict[str, str]
+) -> None:
+    def land(run_id: str, bad: int, good: int) -> None:
+        rows = [
+            attempt(f"{run_id} {n}", outcome=outcome, run_id=run_id, **values) for n in range(bad)
+        ]
+        rows += [attempt(f"good {run_id} {n}", run_id=run_id) for n in range(good)]
+        open_landing().append("robustness/attempts", rows)
+        publish()
+
+    land("first", 9, 91)
+    [first] = found()
+    assert (first.severity, first.since) == (Severity.NOTE, START)
+    assert health_of([first]) is Health.WELL
+    early = datetime.now(UTC) - timedelta(days=3)
+    open_landing().append(
+        "robustness/runs", [{"run_id": "first", "started_at": early, "ended_at": early}]
+    )
+    publish()
+    [usual] = found()
+    assert usual.severity is Severity.NOTE
+    assert usual.evidence == "9 in the last day, 9% of those that ended; 9% before"
+    land("second", 60, 40)
+    [more] = found()
+    assert (more.severity, more.since) == (Severity.DEGRADED, START)
+    assert more.evidence == "69 in the last day, 34% of those that ended; 9% before"
+
+
+def test_what_was_in_quarantine_before_is_not_more_of_it(home: Path) -> None:
+    rows = [attempt(f"{n}", outcome="quarantined", attempt=0) for n in range(50)]
+    rows += [attempt(f"{n}", outcome="reused", attempt=0) for n in range(50, 500)]
+    open_landing().append("robustness/attempts", rows)
+    publish()
+    assert found() == []
+    failed = [attempt("new", "key", "failed"), attempt("new", "key", "quarantined", attempt=0)]
+    open_landing().append("robustness/attempts", failed)
+    publish()
+    [note] = found()
+    assert note.evidence == "1 in the last day"
 
 
 def test_a_check_that_hangs_or_fails_costs_itself_alone(

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.segment import SegmentLines
 from rich.table import Table
 from rich.text import Text
 
@@ -26,13 +27,13 @@ ROWS = 10
 STYLES = {"well": "green", "degraded": "yellow", "broken": "red", "unknown": "dim"}
 
 TABLES = {
-    "findings": ("What is not well", ("severity", "what", "since")),
+    "findings": ("Findings", ("severity", "what", "since")),
     "throughput": ("Throughput", ("time", "cells/s", "of usual", "audio s/s", "audio of usual")),
     "workers": ("Workers", ("host", "feature set", "file", "for s", "timeout s", "MiB")),
     "runs": ("Runs", ("run", "host", "files", "of", "waits for")),
-    "failing": ("Failing, the latest first", ("file", "feature set", "error", "last")),
+    "failing": ("Failing, the latest first", ("file", "feature sets", "error", "last")),
     "errors": ("Errors of the last day", ("error", "attempts")),
-    "breakers": ("Breakers that are not closed", ("breaker", "state", "since", "why")),
+    "breakers": ("Breakers open or set by hand", ("breaker", "state", "by hand", "why")),
     "transitions": ("Breakers in the last day", ("time", "breaker", "to", "why")),
     "slowest": ("Slowest of the last day", ("file", "feature set", "s", "s of audio")),
     "timeouts": (
@@ -57,11 +58,21 @@ def show(*, live: bool) -> None:
     watcher.start()
     with (
         suppress(KeyboardInterrupt),
-        Live(_drawn(watched.overview()), console=console, screen=True, auto_refresh=False) as shown,
+        Live(console=console, screen=True, auto_refresh=False) as shown,
     ):
         while True:
+            shown.update(_fitting(_drawn(watched.overview()), console), refresh=True)
             time.sleep(INTERVAL_S)
-            shown.update(_drawn(watched.overview()), refresh=True)
+
+
+def _fitting(drawn: RenderableType, console: Console) -> RenderableType:
+    """Return as many lines as the terminal has; the last says how many are left out."""
+    lines = console.render_lines(drawn, pad=False)
+    kept = console.height - 1
+    if len(lines) <= console.height:
+        return drawn
+    more = Text(f"… {len(lines) - kept} more lines: `audio-assets top --once` prints them", "dim")
+    return Group(SegmentLines(lines[:kept], new_lines=True), more)
 
 
 def _drawn(overview: Overview) -> Group:
@@ -76,7 +87,10 @@ def _headline(overview: Overview) -> Iterator[RenderableType]:
         (overview.health, STYLES[overview.health]),
         f"   cells left {left}   all done {end}   at {overview.taken_at.astimezone():%H:%M:%S}",
     )
-    yield Text(interval, "dim")
+    if interval:
+        yield Text(interval, "dim")
+    for reason in overview.unknown:
+        yield Text(reason, "yellow")
 
 
 def _tables(overview: Overview) -> Iterator[RenderableType]:
@@ -84,9 +98,7 @@ def _tables(overview: Overview) -> Iterator[RenderableType]:
         part = overview.parts[name]
         if name == "errors":
             part = _by_type(part)
-        if part.unknown:
-            yield Text.assemble((f"\n{title}: ", "italic"), (part.unknown, "yellow"))
-        elif part.rows:
+        if part.rows:
             yield Text(f"\n{title}", "italic")
             yield _table(part, columns)
 
@@ -96,10 +108,18 @@ def _table(part: Part, columns: tuple[str, ...]) -> Table:
     chosen = [part.columns.index(column) for column in columns]
     for i, column in zip(chosen, columns, strict=True):
         are_numbers = isinstance(part.rows[0][i], int | float)
-        table.add_column(Text(column), justify="right" if are_numbers else "left", no_wrap=True)
+        are_texts = any(isinstance(row[i], str) for row in part.rows)
+        # Rich takes the width that it lacks from columns that may be wrapped.
+        table.add_column(
+            _line(column), justify="right" if are_numbers else "left", no_wrap=not are_texts
+        )
     for row in part.rows[:ROWS]:
-        table.add_row(*(Text(as_text(row[i])) for i in chosen))
+        table.add_row(*(_line(as_text(row[i])) for i in chosen))
     return table
+
+
+def _line(text: str) -> Text:
+    return Text(text, no_wrap=True, overflow="ellipsis")
 
 
 def _by_type(part: Part) -> Part:
@@ -107,4 +127,4 @@ def _by_type(part: Part) -> Part:
     counts: Counter[str] = Counter()
     for _, error, attempts in part.rows:
         counts[error] += attempts
-    return Part(("error", "attempts"), tuple(counts.most_common()), part.unknown)
+    return Part(("error", "attempts"), tuple(counts.most_common()))

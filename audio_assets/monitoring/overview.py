@@ -76,7 +76,7 @@ COLUMNS = {
         *("no CPU s", "MiB", "run"),
     ),
     "slowest": ("file", "feature set", "s", "s of audio", "timeout s", "outcome", "began"),
-    "failing": ("file", "feature set", "error", "why", "attempts", "last"),
+    "failing": ("file", "feature sets", "error", "why", "attempts", "last"),
     "errors": ("time", "error", "attempts"),
     "breakers": ("breaker", "state", "by hand", "since", "why"),
     "transitions": ("breaker", "from", "to", "time", "why"),
@@ -86,7 +86,10 @@ COLUMNS = {
     ),
     "memory": ("feature set", "MiB, median", "MiB, 95 %", "MiB at most", "budget MiB"),
 }
-"""The parts, and their columns. Usual is the median of former runs, used a share of the timeout."""
+"""The parts, and their columns.
+
+Usual is the median of former runs; what had pauses is not compared. Used is a share of the timeout.
+"""
 
 _OF_STATE = ("runs", "workers", "breakers", "transitions")
 
@@ -140,10 +143,16 @@ class Overview:
     parts: Mapping[str, Part]
 
     @property
+    def unknown(self) -> list[str]:
+        """Why parts are not known, each reason once."""
+        return list(dict.fromkeys(part.unknown for part in self.parts.values() if part.unknown))
+
+    @property
     def end_shown(self) -> tuple[str, str]:
         """When the library will be done, as text, and how sure that is, or why it is not known."""
         if self.end is None:
-            return "?" if self.cells_left != 0 else "done", self.end_unknown or ""
+            why = self.end_unknown if self.end_unknown not in self.unknown else None
+            return "?" if self.cells_left != 0 else "yes", why or ""
         low, middle, high = (
             clock(self.taken_at + timedelta(seconds=seconds))
             for seconds in vars(self.end.seconds).values()
@@ -158,17 +167,17 @@ class UnknownError(Exception):
 class _Source(Generic[T]):
     """Reads something in a thread of its own; while that hangs it is not read again."""
 
-    def __init__(self, name: str, read: Callable[[], T]) -> None:
+    def __init__(self, name: str, read: Callable[..., T]) -> None:
         self._name = name
         self._read = read
         self._reading: Future[T] | None = None
         self._began = 0.0
 
-    def begin(self) -> None:
-        """Begin to read, if it is not being read."""
+    def begin(self, *given: Any) -> None:
+        """Begin to read, by what is given, if it is not being read."""
         if self._reading is None:
             self._reading, self._began = Future(), time.monotonic()
-            threading.Thread(target=self._run, args=(self._reading,), daemon=True).start()
+            threading.Thread(target=self._run, args=(self._reading, given), daemon=True).start()
 
     def ask(self, until: float) -> T | str:
         """Return what it says by a time (s, monotonic clock), or why that is not known."""
@@ -186,9 +195,9 @@ class _Source(Generic[T]):
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return str(_shown(f"{self._name} cannot be read: {reason}"))
 
-    def _run(self, reading: "Future[T]") -> None:
+    def _run(self, reading: "Future[T]", given: tuple[Any, ...]) -> None:
         try:
-            reading.set_result(self._read())
+            reading.set_result(self._read(*given))
         except BaseException as error:  # noqa: BLE001 - it is raised where it was asked for
             reading.set_exception(error)
 
@@ -244,7 +253,6 @@ class Observer:
         self._files = _Source("Dagster's storage", _files)
         self._state = _Source("The state store", self._read_state)
         self._landed = _Source("The landing", self._read_landed)
-        self._left: tuple[Published | None, int] | str = ""
 
     def overview(self, deadline_s: float = DEADLINE_S) -> Overview:
         """Return what goes on, as of now or of a second ago.
@@ -267,11 +275,7 @@ class Observer:
             first.begin()
         published = self._database.ask(asked + deadline_s / 2)
         files = self._files.ask(asked + deadline_s / 2)
-        if isinstance(published, str):
-            self._left = published
-        else:
-            self._left = files if isinstance(files, str) else (published, files)
-        self._landed.begin()
+        self._landed.begin(published, files)
         state, landed = self._state.ask(asked + deadline_s), self._landed.ask(asked + deadline_s)
         rows, end = (landed, _End(None, None, landed)) if isinstance(landed, str) else landed
         findings = self.findings()
@@ -312,7 +316,9 @@ class Observer:
             "transitions": [(*change, at(when), why) for *change, when, why in transitions],
         }
 
-    def _read_landed(self) -> tuple[_Rows, _End]:
+    def _read_landed(
+        self, published: Published | str | None, files: int | str
+    ) -> tuple[_Rows, _End]:
         if is_landing_away():
             url = get_settings().landing
             raise UnknownError(f"Nothing was landed yet, or the disk of {url} is away.")
@@ -328,12 +334,12 @@ class Observer:
                 ],
                 "history": _read_history(connection, now),
                 "slowest": connection.execute(_SLOWEST, [day, SHOWN]).fetchall(),
-                "failing": connection.execute(_FAILING, [day, SHOWN]).fetchall(),
+                "failing": connection.execute(_FAILING, [day, len(FEATURE_SETS), SHOWN]).fetchall(),
                 "errors": connection.execute(_ERRORS, [day]).fetchall(),
                 "timeouts": connection.execute(_TIMEOUTS, [day]).fetchall(),
                 "memory": connection.execute(_MEMORY, [budget_mib, day]).fetchall(),
             }
-            return rows, _read_end(connection, now, self._left, self._baseline)
+            return rows, _read_end(connection, now, published, files, self._baseline)
 
 
 @cache
@@ -414,16 +420,22 @@ SELECT file_key, feature_set, duration_s, audio_s, timeout_s, outcome, started_a
 """
 
 _FAILING = """
+WITH cells AS (
+    SELECT
+        file_key, feature_set,
+        coalesce(arg_max_null(error_type, row_id), arg_max(outcome, row_id)) AS error,
+        arg_max_null(message, row_id) AS why,
+        count(*) FILTER (attempt > 0) AS attempts,
+        max(started_at) AS last
+    FROM robustness.attempts WHERE row_id >= ?
+    GROUP BY file_key, feature_set
+    HAVING arg_max(outcome, row_id) IN ('failed', 'given_up', 'skipped', 'quarantined')
+)
 SELECT
-    file_key, feature_set,
-    coalesce(arg_max_null(error_type, row_id), arg_max(outcome, row_id)),
-    arg_max_null(message, row_id),
-    count(*) FILTER (attempt > 0),
-    max(started_at) AS last
-FROM robustness.attempts WHERE row_id >= ?
-GROUP BY file_key, feature_set
-HAVING arg_max(outcome, row_id) IN ('failed', 'given_up', 'skipped')
-ORDER BY last DESC LIMIT ?
+    file_key,
+    CASE WHEN count(*) = ? THEN 'all' ELSE string_agg(feature_set, ', ' ORDER BY feature_set) END,
+    error, why, sum(attempts)::BIGINT, max(last)
+FROM cells GROUP BY file_key, error, why ORDER BY max(last) DESC LIMIT ?
 """
 
 _ERRORS = """
@@ -503,16 +515,20 @@ def _read_baseline(connection: DuckDBPyConnection, now: float) -> _Baseline:
 def _of_window(
     connection: DuckDBPyConnection, now: float, name: str, seconds: float, baseline: _Baseline
 ) -> tuple[Any, ...]:
-    [(cells, audio_s)] = connection.execute(
-        "SELECT count(*), coalesce(sum(audio_s), 0) FROM robustness.attempts "
-        "WHERE row_id >= ? AND outcome = 'succeeded'",
-        [row_at(now - seconds)],
+    [(cells, audio_s, parts)] = connection.execute(
+        "SELECT count(*), coalesce(sum(audio_s), 0), "
+        "count(DISTINCT time_bucket(to_seconds(?), started_at)) "
+        "FROM robustness.attempts WHERE row_id >= ? AND outcome = 'succeeded'",
+        [PAUSE_S, row_at(now - seconds)],
     ).fetchall()
     rate, audio_rate = cells / seconds, audio_s / seconds / len(FEATURE_SETS)
-    return (
-        *(name, cells, rate, baseline.cells_per_s and f"{rate / baseline.cells_per_s:.0%}"),
-        *(audio_rate, baseline.audio_per_s and f"{audio_rate / baseline.audio_per_s:.0%}"),
+    # Runs are measured while they go on, and so is what is compared with them.
+    is_busy = cells and parts >= seconds / PAUSE_S - 1
+    of_usual, audio_of_usual = (
+        f"{now / usual:.0%}" if is_busy and usual else None
+        for now, usual in ((rate, baseline.cells_per_s), (audio_rate, baseline.audio_per_s))
     )
+    return name, cells, rate, of_usual, audio_rate, audio_of_usual
 
 
 def _read_history(connection: DuckDBPyConnection, now: float) -> list[tuple[Any, ...]]:
@@ -535,12 +551,14 @@ def _read_history(connection: DuckDBPyConnection, now: float) -> list[tuple[Any,
 def _read_end(
     connection: DuckDBPyConnection,
     now: float,
-    known: tuple[Published | None, int] | str,
+    published: Published | str | None,
+    files: int | str,
     baseline: _Baseline,
 ) -> _End:
-    if isinstance(known, str):
-        return _End(None, None, known)
-    published, files = known
+    if isinstance(published, str):
+        return _End(None, None, published)
+    if isinstance(files, str):
+        return _End(None, None, files)
     if not files and (published is None or not published.files):
         return _End(None, None, "No file is registered yet.")
     if published is None:  # files are known by their attempts alone

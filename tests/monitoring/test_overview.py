@@ -119,6 +119,13 @@ def test_overview_has_the_slow_the_failing_and_the_workers(watched: Observer) ->
         attempt(long, "key", at=ago(20), duration_s=19.0),
         attempt("mended", "key", "failed", at=ago(20)),
         attempt("mended", "key", at=ago(10), attempt=2),
+        attempt("text", "mfcc", "failed", at=ago(5), error_type="unsupported_format"),
+        *(
+            attempt(
+                "text", name, "quarantined", at=ago(4), attempt=0, error_type="unsupported_format"
+            )
+            for name in FEATURE_SETS
+        ),
     )
     worker = {
         "pid": 7,
@@ -139,22 +146,50 @@ def test_overview_has_the_slow_the_failing_and_the_workers(watched: Observer) ->
     assert len(parts["history"].rows) == 60
     [slowest, *_] = parts["slowest"].rows
     assert (slowest[2], len(slowest[0])) == (19.0, LONGEST)
-    [failing] = parts["failing"].rows
+    quarantined, failing = parts["failing"].rows
+    assert quarantined[:3] == ("text", "all", "unsupported_format")
     assert failing[:3] == (r"music/\x1b[2J<b>.mp3", "key", "memory")
     assert "\n" not in failing[3]
-    assert sorted(row[1:] for row in parts["errors"].rows) == [("memory", 1), ("timeout", 1)]
+    errors = sorted(row[1:] for row in parts["errors"].rows)
+    assert errors == [("memory", 1), ("timeout", 1), ("unsupported_format", 1)]
     [busy] = parts["workers"].rows
     assert busy[1:4] == (7, "key", "extract")
-    assert parts["breakers"].rows[0][:3] == ("feature:key", "CLOSED", "open")
+    assert parts["breakers"].rows[0][:3] == ("feature:key", "OPEN", "open")
     by_set = {row[0]: row for row in parts["timeouts"].rows}
     assert by_set["rhythm"][1:4] == (5, 20.0, 3.0)
     assert by_set["key"][-1] == 1
 
-    text = io.StringIO()
-    Console(file=text, width=80).print(top._drawn(watched.overview()))
-    assert max(map(len, text.getvalue().splitlines())) <= 80
-    assert "\x1b" not in text.getvalue()
-    assert r"\x1b[2J<b>" in text.getvalue()
+    text = drawn(watched)
+    assert max(map(len, text)) <= 80
+    assert "\x1b" not in "".join(text)
+    assert r"\x1b[2J<b>" in "".join(text)
+    at = text.index("Slowest of the last day")
+    assert text[at + 1].split() == ["file", "feature", "set", "s", "s", "of", "audio"]
+    assert text[at + 3].split()[-3:] == ["key", "19", "200"]
+    screen = drawn(watched, height=24)
+    assert screen[:23] == text[:23]
+    assert screen[23:] == [f"… {len(text) - 23} more lines: `audio-assets top --once` prints them"]
+
+
+def drawn(watched: Observer, height: int | None = None) -> list[str]:
+    """Return the lines of `audio-assets top`: in a terminal of a height, or of `--once`."""
+    console = Console(file=io.StringIO(), width=80, height=height, record=True)
+    shown = top._drawn(watched.overview())
+    console.print(shown if height is None else top._fitting(shown, console))
+    return console.export_text().splitlines()
+
+
+def test_throughput_is_compared_where_work_went_on(watched: Observer) -> None:
+    def of_usual() -> list[str | None]:
+        time.sleep(1.1)
+        return [row[3] for row in watched.overview().parts["throughput"].rows]
+
+    land(*(attempt(f"{n}", at=ago(7000 - n), duration_s=1.0) for n in range(25)))
+    now, *longer = of_usual()
+    assert now
+    assert longer == [None, None]
+    land(*(attempt(f"again {n}", at=ago(3500 - 60 * n)) for n in range(58)))
+    assert of_usual()[1]
 
 
 def test_what_is_left_is_the_backlog_without_what_has_ended_since(watched: Observer) -> None:
@@ -200,6 +235,8 @@ def test_each_part_says_what_it_does_not_know(
     overview = watched.overview()
     unknown = {name: part.unknown for name, part in overview.parts.items() if part.unknown}
     assert lost <= unknown.keys()
+    assert len(set(overview.unknown)) == len(overview.unknown)
+    assert "".join(drawn(watched)).count(why) == 1
     assert unknown.keys() - lost <= {"findings", "history", "memory"}
     assert why in f"{[unknown[name] for name in lost]}{overview.end_unknown}"
     assert overview.parts.keys() == COLUMNS.keys()

@@ -18,6 +18,7 @@ with app.setup(hide_code=True):
     from audio_assets.library.text import four_digits, printable
     from audio_assets.pages import charts, similar
     from audio_assets.pages.details import details
+    from audio_assets.pages.navigation import heading
     from audio_assets.pages.saving import saved
     from audio_assets.pages.tracks import PLACE, present_tracks
     from audio_assets.settings import get_settings
@@ -102,10 +103,10 @@ def _():
     try:
         tracks = present_tracks(warehouse)
     except QueryError as error:
-        mo.stop(True, mo.vstack([mo.md("# Library"), said(str(error), "warn")]))
+        mo.stop(True, mo.vstack([heading("library"), said(str(error), "warn")]))
     mo.stop(
         tracks.frame.empty,
-        mo.vstack([mo.md("# Library"), said("The library is empty: no file was analysed yet.")]),
+        mo.vstack([heading("library"), said("The library is empty: no file was analysed yet.")]),
     )
     address = mo.query_params()
     return address, tracks
@@ -244,8 +245,9 @@ def _(
     of_duplicates = [seek_duplicates] if alike is None else [seek_duplicates, alike]
     overview = mo.vstack(
         [
+            heading("library"),
             mo.md(
-                f"# Library\n{len(tracks.frame):,} tracks · version {tracks.version}, published "
+                f"{len(tracks.frame):,} tracks · version {tracks.version}, published "
                 f"{tracks.published_at:%Y-%m-%d %H:%M} UTC; reload the page for a newer one"
             ),
             mo.hstack([search, filtered_by, colour], widths=[2, 1, 1]),

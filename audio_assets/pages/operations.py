@@ -11,8 +11,9 @@ def _():
 
     from audio_assets.monitoring.overview import observer
     from audio_assets.pages import parts
+    from audio_assets.pages.navigation import heading
 
-    return mo, observer, parts
+    return heading, mo, observer, parts
 
 
 @app.cell
@@ -30,24 +31,14 @@ def _(observer, refresh):
 
 
 @app.cell
-def _(mo, overview, parts, refresh):
-    mo.vstack(
-        [
-            mo.hstack(
-                [mo.md("# Operations"), mo.md("[Library](../library/)"), refresh],
-                justify="start",
-                align="center",
-                gap=2,
-            ),
-            parts.headline(overview),
-        ]
-    )
+def _(heading, mo, overview, parts, refresh):
+    mo.vstack([heading("operations", refresh), parts.headline(overview), *parts.unknown(overview)])
     return
 
 
 @app.cell
 def _(part, parts):
-    parts.table(part["findings"], "All is well.", "What is not well")
+    parts.table(part["findings"], "All is well.", "Findings")
     return
 
 

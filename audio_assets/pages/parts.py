@@ -13,6 +13,7 @@ from audio_assets.library.text import four_digits
 from audio_assets.monitoring.overview import Overview, Part, as_text
 
 STATES = {"CLOSED": "#2e7d32", "HALF_OPEN": "#f9a825", "OPEN": "#c62828"}
+STATES |= {"FORCED_OPEN": "#6a1b9a", "DISABLED": "#757575"}
 HEALTH = {"well": "✓ well", "degraded": "! degraded", "broken": "✗ broken", "unknown": "…"}
 HEIGHT = 160
 """Of a chart (px)."""
@@ -21,7 +22,7 @@ HEIGHT = 160
 def headline(overview: Overview) -> mo.Html:
     """Return the figures that tell how it goes."""
     throughput, workers = overview.parts["throughput"], overview.parts["workers"]
-    speed, compared = "?", throughput.unknown or ""
+    speed, compared = "?", ""
     if throughput.rows:
         *_, audio_rate, of_usual = throughput.rows[0]
         speed = f"{four_digits(audio_rate)} s/s"
@@ -35,11 +36,16 @@ def headline(overview: Overview) -> mo.Html:
             mo.stat(end, label="All done", caption=interval, bordered=True),
             mo.stat(left, label="Cells left", bordered=True),
             mo.stat(speed, label="Speed now", caption=compared, bordered=True),
-            mo.stat(busy, label="Workers busy", caption=workers.unknown or "", bordered=True),
+            mo.stat(busy, label="Workers busy", bordered=True),
         ],
         widths="equal",
         gap=1,
     )
+
+
+def unknown(overview: Overview) -> list[mo.Html]:
+    """Return why parts are not known."""
+    return [mo.callout(_text(reason), kind="warn") for reason in overview.unknown]
 
 
 def table(part: Part, nothing: str, title: str = "") -> mo.Html:
@@ -145,9 +151,12 @@ def _frame(part: Part) -> pd.DataFrame:
 
 
 def _said(part: Part, nothing: str) -> mo.Html:
-    """Return why there is nothing to show."""
-    text = mo.Html(f"<span>{html.escape(part.unknown or nothing)}</span>")
-    return mo.callout(text, kind="warn") if part.unknown else text
+    """Return what there is instead of anything to show; the head of the page says why."""
+    return _text("Not known." if part.unknown else nothing)
+
+
+def _text(text: str) -> mo.Html:
+    return mo.Html(f"<span>{html.escape(text)}</span>")
 
 
 def _titled(title: str, content: mo.Html) -> mo.Html:

@@ -52,8 +52,8 @@ class Tracks:
         When it was published.
     frame : DataFrame
         A row per file that is in the library, by file key: the numbers and texts of
-        ``features.tracks``, the folder, and the place on the map (`PLACE`), NULL without an
-        embedding.
+        ``features.tracks``, why cells are missing, the folder, and the place on the map (`PLACE`),
+        NULL without an embedding.
     descriptions : dict of str to str
         What each column is, with range and unit.
     heard : ndarray of int, shape (n,)
@@ -154,9 +154,12 @@ def _load(warehouse: Path, version: tuple[Any, ...]) -> Tracks:
         frame = read_frame(
             connection,
             f"SELECT {selected}, array_to_string(string_split(file_key, '/')[:-2][:2], '/') "
-            "AS folder FROM features.tracks ORDER BY tracks.file_key",
+            "AS folder, missing FROM features.tracks LEFT JOIN (SELECT file_key, "
+            f"left(string_agg(DISTINCT reason, '; '), {TEXT_LENGTH + 1}) AS missing "
+            "FROM features.missing GROUP BY file_key) USING (file_key) ORDER BY tracks.file_key",
         )
         heard, embeddings = _embeddings(connection)
+    frame.insert(1, "missing", frame.pop("missing"))  # where a row without values shows it
     components = _principal(embeddings)
     for place, values in zip(PLACE, components.T[:2], strict=True):
         frame[place] = np.nan

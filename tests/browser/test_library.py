@@ -42,13 +42,16 @@ def test_page_shows_plays_and_saves_tracks(page: Page, home: Home) -> None:
     requested: set[str] = set()
     page.on("request", lambda request: requested.add(request.url.split("/")[2]))
     with serving(home) as url:
-        page.goto(f"{url}/library/")
+        page.goto(f"{url}/operations/")
+        page.get_by_role("link", name="Library").click()
         expect(page.get_by_text("There is no database")).to_be_visible()
+        expect(page.get_by_role("link", name="Operations")).to_be_visible()
 
         generate(home.path, COUNT)
         page.reload()
         expect(page.get_by_text(f"{COUNT:,} tracks · version 1")).to_be_visible()
         expect(page.locator("canvas").first).to_be_visible()
+        expect(page.get_by_role("link", name="Operations")).to_be_visible()
         expect(
             page.get_by_role("cell", name=r"<img src=x onerror=alert(1)>\x1b[31m")
         ).to_be_visible()

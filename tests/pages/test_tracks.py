@@ -72,6 +72,7 @@ def test_what_is_not_known_is_said_or_left_out(tmp_path: Path) -> None:
     tracks = present_tracks(path)
     assert (len(tracks.heard), "top_tag" in tracks.frame) == (0, False)
     assert tracks.frame[list(PLACE)].isna().all(axis=None)
+    assert tracks.frame["missing"].tolist() == ["never attempted"] * 2
     with pytest.raises(KeyError):
         similar.neighbours(tracks, "music/a")
     assert similar.duplicates(tracks).empty

@@ -51,6 +51,9 @@ def cell(value):
 @app.function
 def table(frame, **options):
     """Show tracks, or what is known of one, a page at a time."""
+    hidden = {"content_hash", *PLACE}
+    if "missing" in frame and frame["missing"].isna().all():
+        hidden.add("missing")
     return mo.ui.table(
         frame.reset_index(drop=True),
         format_mapping=dict.fromkeys(frame.columns, cell),
@@ -58,7 +61,7 @@ def table(frame, **options):
         show_data_types=False,
         show_download=False,
         show_search=False,
-        hidden_columns=[name for name in ("content_hash", *PLACE) if name in frame],
+        hidden_columns=[name for name in frame.columns if name in hidden],
         **options,
     )
 

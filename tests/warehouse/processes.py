@@ -1,6 +1,7 @@
 """Processes for the tests; each runs until it is killed."""
 
 import itertools
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -51,6 +52,7 @@ def ask(root: Path, reported: Connection) -> None:
     """Open, query and close the database again and again, reporting each answer."""
     while True:
         reported.send(queried(root / "warehouse.duckdb", CONSISTENT).iloc[0].to_dict())
+        time.sleep(0.05)
 
 
 def hold(root: Path, reported: Connection) -> None:
@@ -59,6 +61,7 @@ def hold(root: Path, reported: Connection) -> None:
         while True:
             rows = connection.execute("FROM features.rhythm ORDER BY file_key").fetchall()
             reported.send(rows)
+            time.sleep(0.05)
 
 
 Task = Callable[..., None]

@@ -68,7 +68,7 @@ def test_killed_writers_lose_and_duplicate_no_reported_row(tmp_path: Path) -> No
     rng = random.Random(3)
     reported: set[tuple[str, str]] = set()
     landing = landing_of(tmp_path)
-    for number in range(10):
+    for number in range(6):
         with running(processes.write, tmp_path, f"writer {number}") as writer:
             writer.listen(30.0)
             writer.listen(rng.uniform(0.0, 0.15))
@@ -92,7 +92,7 @@ def test_killed_publishers_leave_whole_versions_and_readers_never_notice(tmp_pat
         running(processes.hold, tmp_path) as holder,
         running(processes.ask, tmp_path) as asker,
     ):
-        for number in range(8):
+        for number in range(4):
             with (
                 running(processes.write, tmp_path, f"writer {number}") as writer,
                 running(processes.publish, tmp_path) as one,

@@ -41,7 +41,7 @@ def wait_until(condition: Callable[[], object], what: str, timeout: float = PATI
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, f"in vain: {what}"
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ from robustness.worker_pool import WorkerPool
 from tests.audio.test_decode import FORMATS, encode_format
 from tests.conftest import forget_state
 
-SECONDS = float(os.environ.get("AUDIO_TEST_FUZZ_SECONDS", "10"))
+SECONDS = float(os.environ.get("AUDIO_TEST_FUZZ_SECONDS", "3"))
 SEED = int(os.environ.get("AUDIO_TEST_FUZZ_SEED", "7"))
 DEADLINE_S = 30.0
 

@@ -20,7 +20,7 @@ import soundfile
 from audio_assets.features import FEATURE_SETS
 from tests.conftest import PROJECT, Home
 
-KILLS = int(os.environ.get("AUDIO_TEST_KILLS", "2"))
+KILLS = int(os.environ.get("AUDIO_TEST_KILLS", "1"))
 FILES_PER_ROUND = 2
 SEED = 11
 

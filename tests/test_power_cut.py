@@ -14,7 +14,7 @@ from tests.conftest import Home, make_home
 from tests.dagster_dev import Deployment, running, wait_until
 from tests.test_kills import add_files, differences
 
-FILES = 8
+FILES = 4
 
 LAUNCH_BACKFILL = """
 mutation Launch($parameters: LaunchBackfillParams!) {

@@ -166,9 +166,16 @@ class AudioAssetsSettings(BaseSettings):
         try:
             return home.expanduser()
         except RuntimeError:
-            raise ValueError(
-                f"should not be in the home of {home.parts[0]}: no such user"
-            ) from None
+            raise ValueError(f"must not be in the home of {home.parts[0]}: no such user") from None
+
+    @field_validator("audio_warehouse")
+    @classmethod
+    def _can_be_a_database(cls, path: Path | None) -> Path | None:
+        if path and path.stem in ("features", "library", "publishing", "robustness"):
+            raise ValueError(f"must have another name: {path.stem} is a schema in the database")
+        if path and path.exists() and not path.is_file():
+            raise ValueError("must be a file")
+        return path
 
     @field_validator("timezone")
     @classmethod

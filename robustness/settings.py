@@ -26,6 +26,38 @@ class RobustnessSettingsError(ValueError):
     """An environment variable has a value that cannot be used; the message names each one."""
 
 
+_IN_WORDS = {
+    "int_parsing": "must be a whole number",
+    "float_parsing": "must be a number",
+    "bool_parsing": "must be true or false",
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "literal_error": "must be {expected}",
+    "string_pattern_mismatch": "must have the form {pattern}",
+    "string_too_short": "must have at least {min_length} characters",
+    "value_error": "{error}",
+}
+"""What a value must be, by the type of pydantic's error and with its context."""
+
+
+def problems_in_words(error: ValidationError) -> list[str]:
+    """Return what is wrong with each variable, its value, and what it must be.
+
+    The value of one that may hold a secret, such as the password in a URL, is left out.
+    """
+    problems = []
+    for problem in error.errors(include_url=False):
+        name = "".join(map(str, problem["loc"]))
+        may_be_secret = name.endswith(("_URL", "_TOKEN", "_COMMAND"))
+        given = name if may_be_secret or not name else f"{name}={problem['input']}"
+        words = _IN_WORDS.get(problem["type"], "{message}")
+        words = words.format(message=problem["msg"], **problem.get("ctx", {}))
+        problems.append(f"{given} {words}".lstrip())
+    return problems
+
+
 def _default_state_url() -> str | None:
     """Return the URL of `robustness.db` in Dagster's home, None without a home."""
     home = os.environ.get("DAGSTER_HOME")
@@ -158,21 +190,21 @@ class RobustnessSettings(BaseSettings):
             try:
                 backend = make_url(url).get_backend_name()
             except ArgumentError:
-                raise ValueError("should be an SQLAlchemy URL") from None
+                raise ValueError("must be an SQLAlchemy URL") from None
             if backend not in ("sqlite", "postgresql"):
-                raise ValueError(f"should be an SQLite or PostgreSQL URL, not {backend}")
+                raise ValueError(f"must be an SQLite or PostgreSQL URL, not {backend}")
         return url
 
     @model_validator(mode="after")
     def _bounds_are_in_order(self) -> Self:
         if self.timeout_floor > self.timeout_max_delay:
             raise ValueError(
-                f"ROBUSTNESS_TIMEOUT_FLOOR={self.timeout_floor:g} should not be above "
+                f"ROBUSTNESS_TIMEOUT_FLOOR={self.timeout_floor:g} must not be above "
                 f"TIMEOUT_MAX_DELAY={self.timeout_max_delay:g}"
             )
         if self.timeout_base_delay > self.timeout_max_delay:
             raise ValueError(
-                f"TIMEOUT_BASE_DELAY={self.timeout_base_delay:g} should not be above "
+                f"TIMEOUT_BASE_DELAY={self.timeout_base_delay:g} must not be above "
                 f"TIMEOUT_MAX_DELAY={self.timeout_max_delay:g}"
             )
         return self
@@ -192,11 +224,4 @@ def get_settings() -> RobustnessSettings:
     try:
         return RobustnessSettings()
     except ValidationError as error:
-        # The values are not repeated: a database URL may hold a password.
-        problems = [
-            ": ".join([*map(str, problem["loc"]), problem["msg"]])
-            for problem in error.errors(include_url=False, include_input=False)
-        ]
-        raise RobustnessSettingsError(
-            "Unusable environment variables:\n" + "\n".join(f"  {line}" for line in problems)
-        ) from None
+        raise RobustnessSettingsError("; ".join(problems_in_words(error))) from None

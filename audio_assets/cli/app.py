@@ -56,12 +56,12 @@ class _Command(TyperCommand):
 
     def invoke(self, context: typer.Context) -> object:  # type: ignore[override]
         try:
+            if context.params.get("as_csv") and context.params.get("as_json"):
+                raise UserError("--csv and --json exclude each other: give one of them.")
             _prepare(may_be_wrong=self.name == "doctor")
             return super().invoke(context)
-        except KeyboardInterrupt:
-            console.print(
-                "Interrupted. What was finished is kept: the same command goes on from there."
-            )
+        except KeyboardInterrupt as interrupt:
+            console.print(f"Interrupted. {interrupt}".rstrip())
             raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
@@ -71,7 +71,8 @@ def _prepare(*, may_be_wrong: bool) -> None:
         home.prepare(home.find())
     except (CheckError, OSError) as error:
         if not may_be_wrong:
-            raise UserError(f"{error}. `audio-assets doctor` says what to do.") from None
+            advice = getattr(error, "advice", "`audio-assets doctor` says what to do")
+            raise UserError(f"{error}: {advice}.") from None
 
 
 def _print_version(wanted: bool) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from dagster import DagsterInstance
 
 _PACKAGE = "audio-assets"
+_WHERE_SET = "correct this in the environment, or in the file .env"
 
 TIMEOUT_S = 120.0
 """Deadline of a check (s): on a slow machine the imports alone take a minute."""
@@ -32,8 +33,8 @@ MIN_WORKER_MIB = 512
 ROOMY_WORKER_MIB = 1024
 """With less than this for a worker the check warns (MiB)."""
 
-COUNTING_S = 5.0
-"""Time for counting the files of a root (s)."""
+LOOKING_S = 5.0
+"""Time to look for an audio file in a root (s)."""
 
 READING_S = 60.0
 """Time for reading the database (s)."""
@@ -94,17 +95,15 @@ def check_settings() -> None:
     from pydantic import ValidationError
 
     from audio_assets.settings import AudioAssetsSettings
-    from robustness.settings import RobustnessSettingsError, get_settings
+    from robustness.settings import RobustnessSettingsError, get_settings, problems_in_words
 
     try:
         AudioAssetsSettings()
         get_settings()
-    except (ValidationError, RobustnessSettingsError) as error:
-        found = " ".join(str(error).split())
-        if isinstance(error, ValidationError):
-            problems = error.errors(include_url=False, include_input=False)
-            found = "; ".join(": ".join([*map(str, p["loc"]), p["msg"]]) for p in problems)
-        raise CheckError(found, "correct these environment variables") from None
+    except ValidationError as error:
+        raise CheckError("; ".join(problems_in_words(error)), _WHERE_SET) from None
+    except RobustnessSettingsError as error:
+        raise CheckError(str(error), _WHERE_SET) from None
 
 
 def _check_settings() -> _Found:
@@ -374,7 +373,8 @@ def _check_warehouse() -> _Found:
     try:
         with reading(path) as connection:
             ((version, files),) = connection.execute(
-                "SELECT version, (SELECT count(*) FROM library.files) FROM publishing.version"
+                "SELECT version, (SELECT count(*) FROM library.files WHERE NOT gone) "
+                "FROM publishing.version"
             ).fetchall()
             check_ledger(connection, digests=True)
             extent = "" if read_all(connection, READING_S) else f", read for {READING_S:.0f} s"
@@ -499,20 +499,19 @@ def _root_finding(name: str, root: Path) -> Finding:
     from audio_assets.library.scan import audio_extensions
 
     check = f"library {name}"
-    count, extensions = 0, audio_extensions()
-    until = time.monotonic() + COUNTING_S
+    extensions = audio_extensions()
+    until = time.monotonic() + LOOKING_S
     try:
         os.scandir(root).close()
     except OSError as error:
         advice = "mount it, or correct AUDIO_LIBRARY; until then it is unreachable"
         return Finding(check, Verdict.FAILED, f"{root}: {error.strerror}", advice)
     for _, _, names in os.walk(root):
-        count += sum(Path(name).suffix.lower() in extensions for name in names)
+        if any(Path(name).suffix.lower() in extensions for name in names):
+            return _ok(check, f"{root}: has audio files")
         if time.monotonic() > until:
-            return _ok(check, f"{root}: more than {count} files of audio formats")
-    if not count:
-        return _warning(check, f"{root}: no audio file", "is it mounted? is it the right one?")
-    return _ok(check, f"{root}: {count} files of audio formats")
+            break
+    return _warning(check, f"{root}: no audio file found", "is it mounted? is it the right one?")
 
 
 CHECKS: dict[str, Callable[[], _Found]] = {

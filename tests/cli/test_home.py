@@ -68,6 +68,8 @@ def test_init_makes_a_home_that_commands_started_in_it_use(home: Home, tmp_path:
         ("DAGSTER_HOME", "/proc"),
         ("DAGSTER_HOME", "~nosuchuser"),
         ("AUDIO_ASSETS_WORKERS", "1000000000"),
+        ("AUDIO_WAREHOUSE", "/dev/full"),
+        ("AUDIO_WAREHOUSE", "features.duckdb"),
     ],
 )
 def test_wrong_settings_are_one_sentence(home: Home, variable: str, value: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import dagster as dg
 import duckdb
 import numpy as np
+import psutil
 import pytest
 import soundfile
 
@@ -217,10 +218,13 @@ def test_ctrl_c_ends_the_whole_command(home: Home, tmp_path: Path, *, waits: boo
     while not list(landed.glob("*.parquet")):
         assert run.poll() is None
         time.sleep(0.1)
-    run.send_signal(signal.SIGINT)
+    children = psutil.Process(run.pid).children(recursive=True)
+    for pid in (*(child.pid for child in children), run.pid):
+        os.kill(pid, signal.SIGINT)  # as a terminal does
     output, errors = run.communicate(timeout=60)
     assert run.returncode == 130, output + errors
     assert "Interrupted" in output
+    assert "audio-assets publish" in output
     assert "Traceback" not in output + errors
     with dg.DagsterInstance.from_config(str(home.path)) as instance:
         assert [run.status for run in instance.get_runs()] == [dg.DagsterRunStatus.CANCELED]

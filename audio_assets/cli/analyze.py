@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import datetime, timedelta
+from multiprocessing import resource_tracker
 from threading import Event
 
 import dagster as dg
@@ -92,37 +93,41 @@ def run_batches(
     landing = open_landing()
 
     # Runs have a thread of their own: Dagster takes an interrupt of its thread for a failure.
-    with (
-        _keeping_output(console),
-        _Progress(console, files=len(file_keys)) as progress,
-        ThreadPoolExecutor(1) as thread,
-        _interruption() as interrupted,
-    ):
-        for batch in ranges:
-            run_id = str(uuid.uuid4())
-            run = thread.submit(
-                _execute, instance, all_features.name, run_id, batch_tags(batch, ANALYZE) | tags
-            )
-            while not run.done():
-                wait([run], POLL_S)
+    with ThreadPoolExecutor(1, initializer=_block_interrupts) as thread:
+        with (
+            _keeping_output(console),
+            _Progress(console, files=len(file_keys)) as progress,
+            _interruption() as interrupted,
+        ):
+            for batch in ranges:
+                run_id = str(uuid.uuid4())
+                run = thread.submit(
+                    _execute, instance, all_features.name, run_id, batch_tags(batch, ANALYZE) | tags
+                )
+                while not run.done():
+                    wait([run], POLL_S)
+                    if interrupted.is_set():
+                        _cancel(instance, run_id)
+                    progress.follow(instance, run_id)
+                run.result()
+                try:
+                    record_run(instance, run_id, landing)
+                    if not interrupted.is_set():
+                        publish()  # between two batches it delays no worker
+                except Exception as error:  # noqa: BLE001 - the next batch publishes it
+                    console.print(f"not published: {error}", style="yellow")
                 if interrupted.is_set():
-                    _cancel(instance, run_id)
-                progress.follow(instance, run_id)
-            run.result()
-            try:
-                record_run(instance, run_id, landing)
-                if not interrupted.is_set():
-                    publish()  # between two batches it delays no worker
-            except Exception as error:  # noqa: BLE001 - the next batch publishes it
-                console.print(f"not published: {error}", style="yellow")
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-    with _keeping_output(console), console.status("publishing the results"):
-        record_ended_runs(instance, get_settings().warehouse, landing)
-        # Publish, and have Dagster show the figures and the checks of what is published.
-        tags = {REQUESTED_BY_TAG: ANALYZE}
-        if not _execute(instance, robustness_stats.name, str(uuid.uuid4()), tags):
-            publish()  # and raise what the run failed of
+                    raise KeyboardInterrupt(
+                        "What was finished is kept: the same command goes on from there, and "
+                        "`audio-assets publish` puts it into the database."
+                    )
+        with _keeping_output(console), console.status("publishing the results"):
+            record_ended_runs(instance, get_settings().warehouse, landing)
+            # Publish, and have Dagster show the figures and the checks of what is published.
+            tags = {REQUESTED_BY_TAG: ANALYZE}
+            run_id = str(uuid.uuid4())
+            if not thread.submit(_execute, instance, robustness_stats.name, run_id, tags).result():
+                publish()  # and raise what the run failed of
 
 
 def _execute(
@@ -144,6 +149,12 @@ def _cancel(instance: dg.DagsterInstance, run_id: str) -> None:
     run = instance.get_run_by_id(run_id)
     if run is not None and run.status is dg.DagsterRunStatus.STARTED:
         instance.report_run_canceling(run)  # the running op notices it
+
+
+def _block_interrupts() -> None:
+    """Keep Ctrl-C from the processes that this thread starts, which would print tracebacks."""
+    resource_tracker.ensure_running()  # as it starts, it unblocks the signal
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 
 @contextmanager
@@ -246,7 +257,7 @@ class _Progress:
         [task] = self._bar.tasks
         files = sum(len(cells) == len(FEATURE_SETS) for cells in self._cells.values())
         speed = self._audio_s / len(FEATURE_SETS) / (time.monotonic() - self._started)
-        parts = [f"{files}/{self._files} files", f"{self._failures} failed"]
+        parts = [f"{files}/{self._files} files", f"{self._failures} cells failed"]
         if task.time_remaining:
             end = datetime.now().astimezone() + timedelta(seconds=task.time_remaining)
             parts.append(f"ends about {end:%H:%M}" + (f" on {end:%d %b}" if _is_later(end) else ""))

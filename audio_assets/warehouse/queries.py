@@ -177,7 +177,10 @@ def _result(connection: DuckDBPyConnection, sql: str, parameters: Sequence[objec
 @contextmanager
 def _opened(warehouse_path: Path) -> Iterator[DuckDBPyConnection]:
     if not warehouse_path.exists():
-        raise QueryError(f"There is no database at {warehouse_path} yet: nothing was published.")
+        raise QueryError(
+            f"There is no database at {warehouse_path} yet: `audio-assets analyze` makes it, or "
+            "`audio-assets publish`, from what an interrupted run has finished."
+        )
     try:
         with reading(warehouse_path) as connection:
             yield connection

@@ -69,7 +69,7 @@ def _not_running(queued: list[Run], newest: float | None, now: float) -> Finding
         "Dagster's daemon does not run: nothing is published, requested or launched",
         (f"no heartbeat for {span(now - newest)}" if newest else "it has never run")
         + (f", and {len(queued)} runs are queued" if queued else ""),
-        f"{_START}; if its process is there and stopped, end it before",
+        f"{_START}; if there is still a process that no longer responds, kill it first",
         since=at(newest) if newest else None,
     )
 

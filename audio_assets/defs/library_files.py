@@ -20,11 +20,8 @@ library_files = dg.AssetSpec(
 
 
 def in_words(counts: Mapping[str, int]) -> str:
-    """Return one line that says how many files all roots have, and what a scan found."""
-    files, *changes = ((name.replace("_", " "), n) for name, n in counts.items())
-    return ", ".join(
-        [f"{files[1]} files in the library", *(f"{n} {name}" for name, n in changes if n)]
-    )
+    """Return one line that says what a scan found."""
+    return ", ".join(f"{n} {name.replace('_', ' ')}" for name, n in counts.items() if n)
 
 
 def files_observation(summary: str, counts: Mapping[str, int]) -> dg.AssetObservation:

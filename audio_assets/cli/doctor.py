@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from audio_assets.library.text import counted
+
 if TYPE_CHECKING:
     from dagster import DagsterInstance
 
@@ -116,7 +118,10 @@ def _check_settings() -> _Found:
     except ValueError as error:
         raise CheckError(str(error), "correct AUDIO_LIBRARY, or the file that it names") from None
     settings = get_settings()
-    yield _ok("settings", f"{settings.workers} workers, {settings.batch_size} files per run")
+    yield _ok(
+        "settings",
+        f"{counted(settings.workers, 'worker')}, {counted(settings.batch_size, 'file')} per run",
+    )
 
 
 def _check_packages() -> _Found:
@@ -277,7 +282,8 @@ def _check_dagster() -> _Found:
         ) from None
     pool = limits.pool_config.default_pool_limit
     yield _ok(
-        "Dagster", f"{home}, {partitions} partitions, extraction runs at a time: {pool or 'any'}"
+        "Dagster",
+        f"{home}, {counted(partitions, 'partition')}, extraction runs at a time: {pool or 'any'}",
     )
 
 
@@ -383,7 +389,7 @@ def _check_warehouse() -> _Found:
             f"{path} is damaged: {_first_line(error)}",
             "run `audio-assets publish --rebuild`, which makes it anew from the landing",
         ) from None
-    yield _ok("warehouse", f"{path}, version {version}, {files} files{extent}{lock}")
+    yield _ok("warehouse", f"{path}, version {version}, {counted(files, 'file')}{extent}{lock}")
 
 
 def try_home_and_landing() -> None:
@@ -473,7 +479,7 @@ def _check_memory() -> _Found:
     found = (
         f"{machine:.0f} MiB, {available_memory_mib():.0f} available"
         + (f", limited to {limit:.0f} by the control group" if limit < machine - 1 else "")
-        + f"; {budget:.0f} MiB for each of {workers} workers"
+        + f"; {budget:.0f} MiB for each of {counted(workers, 'worker')}"
     )
     advice = "lower AUDIO_ASSETS_WORKERS, or give the machine more memory"
     if budget < MIN_WORKER_MIB:

@@ -14,6 +14,7 @@ from audio_assets.cli.printing import (
     records,
     shown_time,
 )
+from audio_assets.library.text import counted
 
 COLUMNS = ("use", "seconds", "share", "meaning")
 
@@ -50,7 +51,9 @@ def explain(
         lists = {"time": records(COLUMNS, rows), "feature_sets": records(sets.columns, sets.rows)}
         print_json(head | lists)
         return
-    title = f"Run {found.run_id} of {shown_time(found.started_at)}, {found.workers} workers"
+    title = (
+        f"Run {found.run_id} of {shown_time(found.started_at)}, {counted(found.workers, 'worker')}"
+    )
     print_table(COLUMNS, rows, f"{title} on {found.host}", as_csv=as_csv)
     if as_csv:
         console.print()

@@ -21,6 +21,7 @@ from audio_assets.cli.printing import (
     records,
     shown_time,
 )
+from audio_assets.library.text import counted
 
 Sql = Annotated[
     str | None, typer.Argument(help="SQL, of one or more statements.", show_default=False)
@@ -107,7 +108,7 @@ def status(
     if not as_csv:
         console.print(
             f"Version {now.version} of {shown_time(now.published_at)}: "
-            f"{now.files} files, {now.gone} gone",
+            f"{counted(now.files, 'file')}, {now.gone} gone",
             highlight=False,
         )
     for number, (title, (columns, rows)) in enumerate(tables.items()):
@@ -126,5 +127,5 @@ def publish(
     from audio_assets.warehouse import publish
 
     result = publish(rebuild=rebuild)
-    news = f"{sum(result.rows.values())} rows" if result.published else "nothing new"
+    news = counted(sum(result.rows.values()), "row") if result.published else "nothing new"
     console.print(f"Version {result.version}: {news}, in {result.seconds:.1f} s.")

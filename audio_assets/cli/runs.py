@@ -13,6 +13,7 @@ from audio_assets.cli.completion import root_names
 from audio_assets.cli.doctor import try_home_and_landing
 from audio_assets.cli.endings import ExitCode, UserError
 from audio_assets.cli.printing import console, print_table
+from audio_assets.library.text import counted
 
 if TYPE_CHECKING:
     from dagster import DagsterInstance
@@ -107,7 +108,7 @@ def _register(
     registered = register(instance, found, roots, landing)
     summary = in_words(registered.counts)
     if registered.to_remove:
-        summary += f"; {registered.to_remove} partitions stay until no run is active"
+        summary += f"; {counted(registered.to_remove, 'partition')} to remove when no run is active"
     instance.report_runless_asset_event(files_observation(summary, registered.counts))
     return summary
 
@@ -135,7 +136,9 @@ def forget(
         except ValueError as error:
             raise UserError(str(error)) from None
     publish()
-    console.print(f"{name} and its {forgotten.removed} partitions are removed; its results stay.")
+    console.print(
+        f"{name} is removed, with {counted(forgotten.removed, 'partition')}; its results stay."
+    )
 
 
 def _reconcile(instance: "DagsterInstance", landing: "Landing") -> int:
@@ -145,7 +148,9 @@ def _reconcile(instance: "DagsterInstance", landing: "Landing") -> int:
     with console.status("comparing Dagster's history with the results"):
         reported = reconcile(instance, landing, FEATURE_SETS.values())
     if reported:
-        console.print(f"{reported} finished cells that Dagster did not show are reported to it.")
+        console.print(
+            f"Reported to Dagster, which did not show it: {counted(reported, 'finished cell')}."
+        )
     return reported
 
 
@@ -172,8 +177,8 @@ def prune(
     with _open_instance() as instance, console.status("deleting old runs"):
         pruned = prune(instance, open_landing(), before)
     console.print(
-        f"{pruned.runs} runs deleted; {pruned.kept} kept, as they show why a partition failed or "
-        f"have the latest figures; {pruned.reported} cells reported anew."
+        f"{counted(pruned.runs, 'run')} deleted; {pruned.kept} kept, for why a partition failed or "
+        f"for the latest figures; {counted(pruned.reported, 'cell')} reported anew."
     )
 
 
@@ -225,7 +230,7 @@ def _scan(library: str | None) -> tuple[dict[str, Path], "LibraryScan"]:
 
 def _show_scan(roots: Mapping[str, Path], scan: "LibraryScan") -> None:
     where = ", ".join(str(root) for root in roots.values())
-    console.print(f"{len(scan.files)} audio files in {where}", highlight=False)
+    console.print(f"{counted(len(scan.files), 'audio file')} in {where}", highlight=False)
     for name, why in scan.unreachable.items():
         console.print(f"  {name} is unreachable: {why}", style="yellow")
     for left_out in scan.left_out:

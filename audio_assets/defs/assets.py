@@ -21,6 +21,7 @@ from audio_assets.extraction.cells import CellOutcome, CellStatus
 from audio_assets.extraction.engine import Engine
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
+from audio_assets.library.text import counted
 from audio_assets.settings import get_settings
 from audio_assets.warehouse.landing import LandingError
 from audio_assets.warehouse.schema import feature_table
@@ -190,8 +191,8 @@ class _Progress:
         self._shown = now
         done, elapsed = self._engine.progress, now - self._started
         message = (
-            f"{done.files_finished} of {done.files} files, "
-            f"{done.cells_finished} of {done.cells} cells"
+            f"{done.files_finished} of {counted(done.files, 'file')}, "
+            f"{done.cells_finished} of {counted(done.cells, 'cell')}"
         )
         if computed := done.cells_computed - self._before.cells_computed:
             speed = (done.audio_s - self._before.audio_s) / elapsed

@@ -13,7 +13,7 @@ from audio_assets.defs.partitions import PARTITION_TAG
 from audio_assets.extraction.cells import CellOutcome
 from audio_assets.features.base import FeatureSet, Row
 from audio_assets.features.pictures import markdown
-from audio_assets.library.text import four_digits, plain_markdown, printable
+from audio_assets.library.text import counted, four_digits, plain_markdown, printable
 from robustness.error_classifier import ErrorInfo, ErrorType
 
 FAILURES_NAMED = 5
@@ -215,7 +215,8 @@ def failure(failed: Sequence[CellOutcome], total: int) -> StepFailedError:
         f"{cell.file_key}: {printable(error_of(cell).message)}" for cell in failed[:FAILURES_NAMED]
     ]
     more = [f"and {len(failed) - FAILURES_NAMED} more"] if len(failed) > FAILURES_NAMED else []
-    summary = f"{len(failed)} of {total} files failed; the check analysed says why and what to do"
+    failures = f"{len(failed)} of {counted(total, 'file')} failed"
+    summary = f"{failures}; the check analysed says why and what to do"
     return StepFailedError("\n".join([summary, *named, *more]))
 
 

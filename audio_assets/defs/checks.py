@@ -22,7 +22,7 @@ from audio_assets.defs.robustness_tables import (
 )
 from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Column, FeatureSet
-from audio_assets.library.text import four_digits, plain_markdown
+from audio_assets.library.text import counted, four_digits, plain_markdown
 from audio_assets.monitoring.performance import SLOWDOWN, baselines, trends
 from audio_assets.monitoring.results import MAX_LAG, MIN_SUCCESS_RATE
 from audio_assets.settings import get_settings
@@ -240,10 +240,11 @@ def _check_analysed(connection: DuckDBPyConnection, feature_set: FeatureSet) -> 
     if len(failed) > FAILURES_SHOWN:
         lines.append(f"- and {len(failed) - FAILURES_SHOWN} more, in the view features.missing")
     needs_person = any(needs for *_, needs in failed)
+    summary = f"{counted(len(failed), 'file')} failed:"
     return dg.AssetCheckResult(
         passed=not failed,
         severity=dg.AssetCheckSeverity.ERROR if needs_person else dg.AssetCheckSeverity.WARN,
-        description="\n".join([f"{len(failed)} files failed:", "", *lines]) if failed else None,
+        description="\n".join([summary, "", *lines]) if failed else None,
         metadata={"failed": len(failed)},
     )
 
@@ -265,7 +266,9 @@ def _check_finite(connection: DuckDBPyConnection, feature_set: FeatureSet) -> dg
     return dg.AssetCheckResult(
         passed=not bad,
         severity=dg.AssetCheckSeverity.ERROR,
-        description=f"{bad} files have NaN or infinity in {', '.join(columns)}" if bad else None,
+        description=f"{counted(bad, 'file')} with NaN or infinity in {', '.join(columns)}"
+        if bad
+        else None,
         metadata={"bad_rows": bad} | ({"files": ", ".join(files)} if bad else {}),
     )
 
@@ -344,13 +347,13 @@ def _check_complete(
     reasons = []
     if cells.without_row:
         reasons.append(
-            f"{len(cells.without_row)} files are materialized but have no row: "
-            "materialize them again"
+            f"{counted(len(cells.without_row), 'file')} materialized without a row: "
+            "materialize again"
         )
     if cells.not_materialized:
         reasons.append(
-            f"{len(cells.not_materialized)} files have a row that an interrupted run did not "
-            "report to Dagster: `audio-assets reconcile` reports it"
+            f"{counted(len(cells.not_materialized), 'file')} with a row that an interrupted run "
+            "did not report to Dagster: `audio-assets reconcile` reports it"
         )
     return dg.AssetCheckResult(
         passed=not reasons,
@@ -396,7 +399,7 @@ def _check_degraded(connection: DuckDBPyConnection, feature_set: FeatureSet) -> 
     return dg.AssetCheckResult(
         passed=not degraded,
         severity=dg.AssetCheckSeverity.WARN,
-        description=f"{degraded} of {rows} rows are degraded; {due} of them are computed again"
+        description=f"degraded: {degraded} of {counted(rows, 'row')}; {due} to be computed again"
         if degraded
         else None,
         metadata={"degraded": degraded, "computed_again": due},

@@ -22,6 +22,7 @@ from audio_assets.defs.partitions import (
     partition_range,
 )
 from audio_assets.extraction.engine import Engine, RunResult
+from audio_assets.library.text import counted
 from robustness.settings import get_settings
 
 LONGEST_WAIT_S = 60.0
@@ -83,8 +84,9 @@ def end_long_wait(instance: dg.DagsterInstance, run: dg.DagsterRun, engine: Engi
     )
     engine.end_deferred()
     raise dg.Failure(
-        description=f"Deferred until {retry_at:%H:%M:%S} UTC: {wait.cells} cells ({wait.reason}). "
-        "The run ends, so that others can go on; resume_deferred requests these cells then",
+        description=f"Deferred until {retry_at:%H:%M:%S} UTC: {counted(wait.cells, 'cell')} "
+        f"({wait.reason}). The run ends, so that others can go on; resume_deferred requests "
+        "these cells then",
         allow_retries=False,
     )
 

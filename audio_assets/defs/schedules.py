@@ -9,6 +9,7 @@ from audio_assets.defs.partitions import (
     files_under_way,
 )
 from audio_assets.defs.registration import register, scan_roots, stable_files
+from audio_assets.library.text import counted
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing
 from audio_assets.warehouse.backlog import find_backlog
@@ -41,13 +42,13 @@ def nightly(context: dg.ScheduleEvaluationContext) -> list[dg.RunRequest] | dg.S
     under_way = files_under_way(context.instance, keys)
     todo = set(backlog.todo) - under_way
     if not todo:
-        reason = f"{len(scan.files)} files, and nothing to compute"
+        reason = f"{counted(len(scan.files), 'file')}, and nothing to compute"
         if under_way:
-            reason += f" except the {len(under_way)} files of active runs"
+            reason += f" except the {counted(len(under_way), 'file')} of active runs"
         return dg.SkipReason("; ".join([reason, *warnings]))
     ranges = batches(todo, keys, get_settings().batch_size, passable=backlog.done - under_way)
     context.log.info(
-        f"{len(todo)} files to compute, in {len(ranges)} batches"
+        f"{counted(len(todo), 'file')} to compute, in {counted(len(ranges), 'run')}"
         + (
             f"; the first {RUNS_PER_NIGHT} are requested now"
             if len(ranges) > RUNS_PER_NIGHT

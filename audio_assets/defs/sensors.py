@@ -26,6 +26,7 @@ from audio_assets.defs.registration import is_busy, register, scan_roots, stable
 from audio_assets.defs.run_records import computes_features, record_ended_runs, record_run
 from audio_assets.features import FEATURE_SETS
 from audio_assets.library.scan import FileEntry, LibraryScan
+from audio_assets.library.text import counted
 from audio_assets.settings import get_settings
 from audio_assets.warehouse import open_landing, publish
 from audio_assets.warehouse.publisher import PublishResult
@@ -77,14 +78,18 @@ def discover_files(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.
         return dg.SkipReason(str(error))
     files = stable_files(scan)
     if len(files) < len(scan.files):
-        warnings.append(f"{len(scan.files) - len(files)} files not ready: modified just now")
+        warnings.append(
+            f"{counted(len(scan.files) - len(files), 'file')} not ready: modified just now"
+        )
     digest = _digest(files, scan)
     before = _Cursor.read(context.cursor)
     is_same = digest == before.digest and before.partitions == len(
         instance.get_dynamic_partitions(PARTITIONS)
     )
     if is_same and not before.left and (not before.waits or is_busy(instance)):
-        return dg.SkipReason("; ".join([f"{len(files)} files, none new or changed", *warnings]))
+        return dg.SkipReason(
+            "; ".join([f"{counted(len(files), 'file')}, none new or changed", *warnings])
+        )
 
     registered = register(instance, scan, roots, open_landing(), files)
     changed = registered.new_or_changed
@@ -260,7 +265,7 @@ def reconcile_history(context: dg.SensorEvaluationContext) -> dg.SkipReason:
     feature_set = list(FEATURE_SETS.values())[done]
     reported = reconcile(context.instance, open_landing(), [feature_set], CELLS_PER_TICK)
     context.update_cursor(f"{when} {done + (reported < CELLS_PER_TICK)}")
-    return dg.SkipReason(f"{feature_set.name}: {reported} cells reported")
+    return dg.SkipReason(f"{feature_set.name}: {counted(reported, 'cell')} reported")
 
 
 @dg.sensor(

@@ -49,6 +49,7 @@ from audio_assets.features.base import FeatureSet, Row
 from audio_assets.library.file_keys import FileKeyError
 from audio_assets.library.files import FileChangedError, FileStamp, Identity
 from audio_assets.library.scan import Library
+from audio_assets.library.text import counted
 from audio_assets.warehouse.backlog import conditions_of, release_contents
 from audio_assets.warehouse.inventory import known_identities
 from audio_assets.warehouse.landing import Landing
@@ -287,7 +288,7 @@ class Engine:
                 seconds = max(due[0] - time.monotonic(), 0.0)
                 files = len(self._unreported[feature_set])
                 raise DeferredError(
-                    f"{files} files are deferred for {seconds:.0f} s: {due[1]}", seconds
+                    f"{counted(files, 'file')} deferred for {seconds:.0f} s: {due[1]}", seconds
                 )
             self._sleep()
         self._results.judge_suspects(feature_set)

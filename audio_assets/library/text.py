@@ -56,6 +56,11 @@ def four_digits(value: float) -> str:
     return f"{value:.0f}" if 1e4 <= abs(value) < 1e15 else f"{value:.4g}"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, which gets an ``s`` in the plural: ``1 file``, ``2 files``."""
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def csv_text(text: str) -> str:
     """Return a text for CSV that spreadsheets do not take for a formula."""
     return "'" * text.startswith(_FORMULA) + printable(text)

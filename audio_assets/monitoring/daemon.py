@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from audio_assets.library.text import counted
 from audio_assets.monitoring.dagster_storage import DagsterStorage, Run
 from audio_assets.monitoring.findings import Finding, Severity, at, span
 
@@ -68,7 +69,7 @@ def _not_running(queued: list[Run], newest: float | None, now: float) -> Finding
         Severity.BROKEN if queued else Severity.DEGRADED,
         "Dagster's daemon does not run: nothing is published, requested or launched",
         (f"no heartbeat for {span(now - newest)}" if newest else "it has never run")
-        + (f", and {len(queued)} runs are queued" if queued else ""),
+        + (f"; queued: {counted(len(queued), 'run')}" if queued else ""),
         f"{_START}; if there is still a process that no longer responds, kill it first",
         since=at(newest) if newest else None,
     )
@@ -122,7 +123,7 @@ def _stuck(queued: list[Run], now: float) -> Iterator[Finding]:
             "queue",
             Severity.BROKEN,
             "The queue does not move: runs wait, and none is active",
-            f"{len(queued)} runs, the first of them for {span(now - oldest)}",
+            f"{counted(len(queued), 'run')}, the first for {span(now - oldest)}",
             "look at Deployment, Concurrency in Dagster: a limit of 0, or slots of runs that are "
             "gone, hold them back",
             since=at(oldest),

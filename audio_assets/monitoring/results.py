@@ -9,6 +9,7 @@ from uuid import UUID
 import duckdb
 from duckdb import DuckDBPyConnection
 
+from audio_assets.library.text import counted
 from audio_assets.monitoring.findings import Finding, Severity, at, span
 from audio_assets.settings import get_settings
 from audio_assets.warehouse.database import reading, recorded_parts
@@ -182,7 +183,7 @@ def _lag(unpublished: set[str], now: float) -> Iterator[Finding]:
             "publish",
             Severity.DEGRADED,
             f"Results of {span(now - oldest.timestamp())} ago are not published",
-            f"{len(unpublished)} parts of the landing are not in the database",
+            f"not in the database: {counted(len(unpublished), 'part')} of the landing",
             "start Dagster's daemon, or run `audio-assets publish`, which says what is wrong",
             since=oldest,
         )

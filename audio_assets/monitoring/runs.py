@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator
 
+from audio_assets.library.text import counted
 from audio_assets.monitoring.dagster_storage import DagsterStorage, Run
 from audio_assets.monitoring.findings import Finding, Severity, at, span
 from audio_assets.monitoring.run_locks import Liveness, lock_state
@@ -82,7 +83,7 @@ def _of_activity(run: Run, activity: Activity, now: float) -> Iterator[Finding]:
         yield Finding(
             "runs",
             Severity.DEGRADED,
-            f"Run {run.run_id} waits: all {left} cells that are left are deferred",
+            f"Run {run.run_id} waits: what is left is deferred, {counted(left, 'cell')}",
             str(body["waits_for"]),
             "remove the cause; the run goes on by itself",
             since=at(body["cell_at"]),
@@ -92,7 +93,7 @@ def _of_activity(run: Run, activity: Activity, now: float) -> Iterator[Finding]:
         yield Finding(
             "runs",
             Severity.DEGRADED,
-            f"Run {run.run_id} has {left} cells left, and ended none for "
+            f"Run {run.run_id} has {counted(left, 'cell')} left, and ended none for "
             f"{span(now - body['cell_at'])}",
             "; ".join(_at_work(worker) for worker in body["workers"]) or "no worker has a task",
             "nothing, if its files are very long; else look at its page in Dagster",
@@ -104,7 +105,7 @@ def _of_activity(run: Run, activity: Activity, now: float) -> Iterator[Finding]:
         yield Finding(
             "outbox",
             Severity.BROKEN,
-            f"{body['outbox_rows']} rows of run {run.run_id} cannot be written",
+            f"Run {run.run_id} cannot write {counted(body['outbox_rows'], 'row')}",
             str(body["outbox_error"]),
             "make the landing writable again: the rows are kept and written then",
             since=at(now - failing_s),

@@ -237,7 +237,7 @@ def test_degraded_rows_warn(instance: dg.DagsterInstance) -> None:
     found = checks(run_stats(instance))["rhythm", "degraded"]
     assert not found.passed
     assert found.severity is dg.AssetCheckSeverity.WARN
-    assert found.description == "2 of 4 rows are degraded; 1 of them are computed again"
+    assert found.description == "degraded: 2 of 4 rows; 1 to be computed again"
 
 
 def test_constant_values_warn(instance: dg.DagsterInstance) -> None:

@@ -241,7 +241,7 @@ def test_an_unchanged_library_is_only_scanned(
 
     monkeypatch.setattr(sensors, "open_landing", unexpected)
     assert sensor.tick() == []
-    assert sensor.reason == "1 files, none new or changed"
+    assert sensor.reason == "1 file, none new or changed"
 
 
 def test_a_changed_file_is_requested_each_time_it_changes(

@@ -69,7 +69,8 @@ class AudioAssetsSettings(BaseSettings):
     audio_warehouse: Path | None = Field(
         None,
         alias="AUDIO_WAREHOUSE",
-        description="The DuckDB database; `$DAGSTER_HOME/warehouse.duckdb` if unset",
+        description="The DuckDB database, a file whose name ends in `.duckdb`; "
+        "`$DAGSTER_HOME/warehouse.duckdb` if unset",
     )
     audio_landing: str | None = Field(
         None,
@@ -173,8 +174,9 @@ class AudioAssetsSettings(BaseSettings):
     def _can_be_a_database(cls, path: Path | None) -> Path | None:
         if path and path.stem in ("features", "library", "publishing", "robustness"):
             raise ValueError(f"must have another name: {path.stem} is a schema in the database")
-        if path and path.exists() and not path.is_file():
-            raise ValueError("must be a file")
+        # What the file holds is replaced: another kind of file must not be named by mistake.
+        if path and (path.suffix != ".duckdb" or (path.exists() and not path.is_file())):
+            raise ValueError("must be a file whose name ends in .duckdb")
         return path
 
     @field_validator("timezone")

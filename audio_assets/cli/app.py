@@ -6,6 +6,7 @@ Dagster, DuckDB or SQLAlchemy, its function imports.
 
 import gc
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -51,6 +52,9 @@ def main() -> None:
         gc.freeze()  # else Python, as it exits, searches all of Dagster for cycles: up to a second
 
 
+_MAKE_A_HOME = ("analyze", "scan", "serve", "doctor", "prepare")
+
+
 class _Command(TyperCommand):
     """A command that first prepares Dagster's home: not for help or wrong arguments."""
 
@@ -58,19 +62,25 @@ class _Command(TyperCommand):
         try:
             if context.params.get("as_csv") and context.params.get("as_json"):
                 raise UserError("--csv and --json exclude each other: give one of them.")
-            _prepare(may_be_wrong=self.name == "doctor")
+            _prepare(self.name or "")
             return super().invoke(context)
         except KeyboardInterrupt as interrupt:
             console.print(f"Interrupted. {interrupt}".rstrip())
             raise typer.Exit(ExitCode.INTERRUPTED) from None
 
 
-def _prepare(*, may_be_wrong: bool) -> None:
+def _prepare(command: str) -> None:
     """Set DAGSTER_HOME before Dagster is imported, and make it a safe place."""
+    directory = home.find()
+    if command not in _MAKE_A_HOME and not Path(directory).expanduser().exists():
+        raise UserError(
+            f"{directory} does not exist: correct DAGSTER_HOME, or make it a home by "
+            "`audio-assets init` or `audio-assets analyze`."
+        )
     try:
-        home.prepare(home.find())
+        home.prepare(directory)
     except (CheckError, OSError) as error:
-        if not may_be_wrong:
+        if command != "doctor":
             advice = getattr(error, "advice", "`audio-assets doctor` says what to do")
             raise UserError(f"{error}: {advice}.") from None
 

@@ -230,7 +230,12 @@ RUNS = Table(
         Column("cells_skipped", "BIGINT", "Cells deferred, or of files that cannot be read"),
         Column("cells_reused", "BIGINT", "Cells unchanged since an earlier run"),
         Column("cells_degraded", "BIGINT", "Cells done whose rows are degraded"),
-        Column("success_rate", "DOUBLE", "Cells done of those done and failed, 0 to 1"),
+        Column(
+            "success_rate",
+            "DOUBLE",
+            "Cells done of those done and failed, 0 to 1; cells in quarantine, which their file "
+            "makes impossible, do not count, and NULL if there are no others",
+        ),
         Column("retries", "BIGINT", "Attempts after a cell's first"),
         Column("recovered_cells", "BIGINT", "Cells done after a failed attempt"),
         Column("fault_seconds", "DOUBLE", "Failed attempts and the delays after them", "s"),

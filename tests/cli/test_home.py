@@ -23,8 +23,9 @@ def one_line(home: Home, *arguments: str, **variables: str) -> str:
 @pytest.mark.parametrize(("umask", "mode"), [("", 0o700), ("027", 0o750)])
 def test_a_new_home_is_made_safe(tmp_path: Path, umask: str, mode: int) -> None:
     home = Home(tmp_path / "new" / "home", {"AUDIO_ASSETS_UMASK": umask})
-    done = home.cli("quarantine", "list")
-    assert done.stdout == "No cell is quarantined.\n", done.stderr
+    for command in (("prepare",), ("quarantine", "list")):
+        done = home.cli(*command)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert "telemetry" in (home.path / "dagster.yaml").read_text()
     assert home.path.stat().st_mode & 0o777 == mode
     for name in ("dagster.yaml", "robustness.db"):
@@ -70,11 +71,18 @@ def test_init_makes_a_home_that_commands_started_in_it_use(home: Home, tmp_path:
         ("AUDIO_ASSETS_WORKERS", "1000000000"),
         ("AUDIO_WAREHOUSE", "/dev/full"),
         ("AUDIO_WAREHOUSE", "features.duckdb"),
+        ("AUDIO_WAREHOUSE", "notes.db"),
     ],
 )
 def test_wrong_settings_are_one_sentence(home: Home, variable: str, value: str) -> None:
     said = one_line(home, "analyze", **{variable: value})
     assert (value if variable == "DAGSTER_HOME" else variable) in said
+
+
+def test_what_only_reads_makes_no_home(home: Home, tmp_path: Path) -> None:
+    typo = tmp_path / "typo"
+    assert f"{typo} does not exist" in one_line(home, "status", DAGSTER_HOME=str(typo))
+    assert not typo.exists()
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"music": 1}', "\udcff"])

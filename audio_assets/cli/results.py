@@ -24,7 +24,10 @@ from audio_assets.cli.printing import (
 from audio_assets.library.text import counted
 
 Sql = Annotated[
-    str | None, typer.Argument(help="SQL, of one or more statements.", show_default=False)
+    str | None,
+    typer.Argument(
+        help="SQL; of several statements, the last one's result is printed.", show_default=False
+    ),
 ]
 SqlFile = Annotated[
     Path | None, typer.Option(help="Read the SQL from a file.", exists=True, dir_okay=False)

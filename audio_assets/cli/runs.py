@@ -217,7 +217,7 @@ def _scan(library: str | None) -> tuple[dict[str, Path], "LibraryScan"]:
         with console.status("scanning for audio files"):
             scan = Library(roots).scan(only_reachable=library is None)
     except OSError as error:
-        raise UserError(f"{error.filename}: {error.strerror}") from None
+        raise UserError(f"{error.filename}: {error.strerror}: name a directory to read.") from None
     except ValueError as error:
         raise UserError(str(error)) from None
     _show_scan(roots, scan)

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DataError, DBAPIError, IntegrityError, SQLAlchemyErro
 from sqlalchemy.pool import StaticPool
 
 from robustness.log_context import get_logger
-from robustness.state_schema import SCHEMA_REVISION, metadata
+from robustness.state_schema import SCHEMA_REVISION, VERSION_TABLE, metadata
 
 logger = get_logger("state")
 
@@ -140,7 +140,7 @@ class Database:
                 connection = connection.execution_options(robustness_write=False)
                 if self._path is not None:
                     _quick_check(connection)
-                revision = _revision(connection)
+                revision = revision_of(connection)
             if revision != SCHEMA_REVISION:
                 with engine.connect() as connection:
                     connection = connection.execution_options(robustness_write=True)
@@ -279,10 +279,13 @@ def _quick_check(connection: Connection) -> None:
         raise sa.exc.DatabaseError("PRAGMA quick_check", None, problem)
 
 
-def _revision(connection: Connection) -> str | None:
-    if not sa.inspect(connection).has_table("alembic_version"):
+def revision_of(connection: Connection, version_table: str = VERSION_TABLE) -> str | None:
+    """Return the newest migration applied to a store; None if it is new or not migrated yet."""
+    if not sa.inspect(connection).has_table(version_table):
         return None
-    return connection.execute(sa.text("SELECT version_num FROM alembic_version")).scalar()
+    return connection.scalar(
+        sa.select(sa.column("version_num")).select_from(sa.table(version_table))
+    )
 
 
 def _migrate(connection: Connection) -> None:
@@ -302,7 +305,13 @@ def _migrate(connection: Connection) -> None:
         connection.execute(sa.text("SET LOCAL lock_timeout = 0"))
         connection.execute(sa.text("SELECT pg_advisory_xact_lock(hashtext('robustness.state'))"))
     scripts = ScriptDirectory(str(Path(__file__).parent / "migrations"))
-    context = MigrationContext.configure(connection)
+    context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+    if context.get_current_revision() is None:
+        # Where earlier releases kept it; the revisions of others have other names.
+        earlier = revision_of(connection, "alembic_version")
+        if earlier in {script.revision for script in scripts.walk_revisions()}:
+            context.stamp(scripts, earlier)
+            connection.execute(sa.text("DROP TABLE alembic_version"))
     try:
         current = context.get_current_revision() or "base"
         pending = list(scripts.iterate_revisions("head", current))

@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 SCHEMA_REVISION = "0005"
 """The newest migration; a store at this revision is used without loading alembic."""
 
+VERSION_TABLE = "robustness_version"
+"""The table that names the newest migration applied.
+
+Not Alembic's usual one: Dagster's tables, with theirs, may be in the same database.
+"""
+
 TEXT_LIMIT = 4000
 """Characters kept of a text; error messages can hold whole tracebacks."""
 

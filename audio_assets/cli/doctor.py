@@ -310,7 +310,8 @@ def _check_state() -> _Found:
     import sqlalchemy as sa
 
     from robustness.settings import get_settings
-    from robustness.state_schema import SCHEMA_REVISION
+    from robustness.state_database import revision_of
+    from robustness.state_schema import SCHEMA_REVISION, VERSION_TABLE
 
     text = get_settings().state_url
     if text is None:
@@ -335,10 +336,9 @@ def _check_state() -> _Found:
                 verdict = connection.exec_driver_sql("PRAGMA quick_check(1)").scalar_one()
                 if verdict != "ok":
                     raise CheckError(f"{shown} is damaged: {verdict}", _DAMAGED_STATE)
-            revision = None
-            if sa.inspect(connection).has_table("alembic_version"):
-                revision = connection.scalar(sa.text("SELECT version_num FROM alembic_version"))
-                connection.execute(sa.text("UPDATE alembic_version SET version_num = version_num"))
+            revision = revision_of(connection)
+            if revision:
+                connection.execute(sa.text(f"UPDATE {VERSION_TABLE} SET version_num = version_num"))
             connection.rollback()
     except (sa.exc.SQLAlchemyError, ImportError, OSError) as error:
         what = str(getattr(error, "orig", None) or error)

@@ -167,8 +167,8 @@ def test_a_state_store_of_another_version_is_a_warning(home: Home) -> None:
     import sqlite3
 
     with sqlite3.connect(home.path / "robustness.db") as connection:
-        connection.execute("CREATE TABLE alembic_version (version_num TEXT)")
-        connection.execute("INSERT INTO alembic_version VALUES ('9999')")
+        connection.execute("CREATE TABLE robustness_version (version_num TEXT)")
+        connection.execute("INSERT INTO robustness_version VALUES ('9999')")
     connection.close()
     (finding,) = check(home, "state store")
     assert finding.verdict is Verdict.WARNING

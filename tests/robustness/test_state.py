@@ -22,9 +22,11 @@ from alembic.script import ScriptDirectory
 from robustness import state
 from robustness.quarantine import Quarantine
 from robustness.state import StateStore, StateUnavailableError, get_state_store, reset_state_store
+from robustness.state_database import revision_of
 from robustness.state_schema import (
     SCHEMA_REVISION,
     TEXT_LIMIT,
+    VERSION_TABLE,
     breaker_transitions,
     errors,
     insert_into,
@@ -135,15 +137,37 @@ def test_ten_processes_race_the_first_migration(url: str) -> None:
     run_in_processes(10, first_use)
     store = open_store(url)
     assert len(tokens_in(store)) == 10
-    assert store.query(lambda c: c.execute(sa.text("SELECT * FROM alembic_version")).all()) == [
+    assert store.query(lambda c: c.execute(sa.text("SELECT * FROM robustness_version")).all()) == [
         (SCHEMA_REVISION,)
     ]
+
+
+@pytest.mark.parametrize("theirs", [None, "29b539ebc72a"])
+def test_another_program_s_version_is_left_alone_and_an_earlier_release_s_is_taken_over(
+    url: str, theirs: str | None
+) -> None:
+    store = open_store(url)
+    deposit(store, "a")
+    statements = [
+        "CREATE TABLE alembic_version (version_num VARCHAR(32))",
+        f"INSERT INTO alembic_version VALUES ('{theirs or SCHEMA_REVISION}')",
+    ]
+    if theirs is None:
+        statements.append("DROP TABLE robustness_version")
+    store.transact(lambda c: [c.execute(sa.text(statement)) for statement in statements])
+    store = open_store(url)
+    assert tokens_in(store) == {"a": 1.0}
+    assert not store.degraded
+    with store.read() as connection:
+        assert revision_of(connection) == SCHEMA_REVISION
+        assert revision_of(connection, "alembic_version") == theirs
 
 
 def test_migrations_lead_to_the_declared_tables(url: str) -> None:
     store = open_store(url)
     with store.read() as connection:
-        differences = compare_metadata(MigrationContext.configure(connection), metadata)
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+        differences = compare_metadata(context, metadata)
     assert differences == []
     migrations = Path(state.__file__).parent / "migrations"
     assert ScriptDirectory(str(migrations)).get_current_head() == SCHEMA_REVISION
@@ -612,7 +636,7 @@ def test_database_of_a_newer_version_is_left_alone(
 ) -> None:
     deposit(open_store(path), "a")
     with sqlite3.connect(path) as connection:
-        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+        connection.execute("UPDATE robustness_version SET version_num = '9999'")
     connection.close()
     store = impatient_store(path)
     deposit(store, "b")

@@ -80,6 +80,7 @@ BROKEN = {
         changed("name='bad_type', headline='a', columns=(Column('a', 'DUBLE', ''),)"),
         "DUBLE",
     ),
+    "bad_length": (changed("name='x', shortest_s=float('nan')"), "shortest_s must be 0 s or more"),
     "local_function": (changed("name='x', extract=lambda audio: {}"), "pickle"),
 }
 """Modules of another package, and why their feature sets are left out."""

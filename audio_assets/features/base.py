@@ -162,6 +162,9 @@ class FeatureSet:
         What the extractors need: decoded audio; the file itself; or the file and the result of its
         decoding, which is then `Audio.source` or, if it failed, `Audio.decode_error`. The last
         come after all others, whether the file could be decoded or not.
+    shortest_s : float
+        The shortest audio (s) that its values mean something for; the view ``features.tracks``
+        names it in ``too_short`` for files that are shorter. Default: any length.
     position : int
         The order in which a file's cells are computed and tables are listed, lowest first, then by
         name. The built-in feature sets have 10 to 90.
@@ -174,7 +177,7 @@ class FeatureSet:
     ------
     ValueError
         If a name is not allowed, a column is named twice, `headline` is no column, a plotted one
-        is no number, or `reads` is unknown.
+        is no number, `shortest_s` is no length, or `reads` is unknown.
     """
 
     name: str
@@ -192,6 +195,7 @@ class FeatureSet:
     extractor: str = "essentia"
     alternative: str = "librosa"
     reads: Reads = "pcm"
+    shortest_s: float = 0.0
     position: int = 100
     code_version: str = "1"
     kinds: frozenset[str] = field(default_factory=lambda: frozenset({"python", "essentia"}))
@@ -211,6 +215,8 @@ class FeatureSet:
             raise ValueError(f"its headline {self.headline!r} is not one of its columns")
         if wrong := [name for name in self.plotted if types.get(name) not in _NUMBERS]:
             raise ValueError(f"only columns of numbers can be plotted, not {', '.join(wrong)}")
+        if not 0 <= self.shortest_s < math.inf:
+            raise ValueError(f"shortest_s must be 0 s or more, not {self.shortest_s}")
         if self.reads not in get_args(Reads):
             raise ValueError(f"reads must be one of {', '.join(get_args(Reads))}")
 

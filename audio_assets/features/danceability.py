@@ -125,6 +125,7 @@ FEATURE_SET = FeatureSet(
     headline="danceability",
     plotted=("danceability",),
     alternative="numpy",
+    shortest_s=_SHORTEST_S,
     position=30,
     code_version="2",
 )

@@ -23,6 +23,13 @@ from audio_assets.features.tempo import TEMPI, is_same, is_tempo, judge_tempo
 
 _FRAME_S = 2048 / SAMPLE_RATE
 
+_SHORTEST_S = 6.0
+"""Essentia's TempoTapDegara estimates the beats' period in frames of 5.944 s.
+
+So do M. E. P. Davies and M. D. Plumbley, Context-dependent beat tracking of musical audio, IEEE
+TASLP 15(3), 2007.
+"""
+
 
 @dataclass(frozen=True)
 class Tracked:
@@ -222,6 +229,7 @@ FEATURE_SET = FeatureSet(
     contradiction=_contradiction,
     headline="bpm",
     plotted=("bpm", "bpm_confidence", "beat_confidence", "onset_rate"),
+    shortest_s=_SHORTEST_S,
     position=80,
     code_version="3",
 )

@@ -1,7 +1,7 @@
 """The views of the warehouse: tracks, missing cells with reasons, and the services' columns."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from audio_assets.features.base import Column, FeatureSet
@@ -49,6 +49,8 @@ class Derived:
         How; ``{}`` stands for that column.
     description, unit : str, optional
         What it is. Default: what that column is.
+    type : str, optional
+        Its type. Default: that column's.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Derived:
     sql: str = "{}"
     description: str | None = None
     unit: str | None = None
+    type: str | None = None
 
 
 def _same(feature_set: str, *names: str) -> tuple[Derived, ...]:
@@ -71,6 +74,7 @@ _TRACKS = (
         "date",
         "TRY_CAST(nullif(regexp_extract({}, '[12][0-9][0-9][0-9]'), '') AS INTEGER)",
         "Year of the tagged date",
+        type="INTEGER",
     ),
     *_same("metadata", "genre", "duration_s", "container", "codec"),
     *_same("rhythm", "bpm", "bpm_confidence", "beat_confidence"),
@@ -197,11 +201,11 @@ def views(feature_sets: Sequence[FeatureSet]) -> tuple[View, ...]:
             "tracks",
             "One row per file that is in the library: what to filter by, then the headline of each "
             "other feature set",
-            (*_TRACKS, *_headlines(feature_sets)),
+            (*_TRACKS, *_headlines(feature_sets), _too_short(feature_sets)),
             feature_sets,
             last=(
-                f"[{', '.join(map(_name_if_degraded, feature_sets))}].list_filter("
-                "lambda name: name IS NOT NULL) AS degraded",
+                _names_where(feature_sets, lambda one: f"{quoted(one.name)}.degraded IS NOT NULL")
+                + " AS degraded",
                 Column("degraded", "VARCHAR[]", "Feature sets whose rows are degraded"),
             ),
         ),
@@ -250,7 +254,7 @@ def _of_files(
         columns.append(
             replace(source, name=column.name)
             if column.description is None
-            else Column(column.name, source.type, column.description, column.unit)
+            else Column(column.name, column.type or source.type, column.description, column.unit)
         )
     if last:
         selected.append(last[0])
@@ -276,7 +280,7 @@ def _headlines(feature_sets: Sequence[FeatureSet]) -> list[Derived]:
     """
     named = Counter(column.name for feature_set in feature_sets for column in feature_set.columns)
     shown = {(column.feature_set, column.source) for column in _TRACKS}
-    names = {column.name for column in _TRACKS}
+    names = {column.name for column in _TRACKS} | {"path", "too_short"}
     found = []
     for feature_set in feature_sets:
         headline = feature_set.headline
@@ -287,9 +291,22 @@ def _headlines(feature_sets: Sequence[FeatureSet]) -> list[Derived]:
     return found
 
 
-def _name_if_degraded(feature_set: FeatureSet) -> str:
-    name = literal(feature_set.name)
-    return f"CASE WHEN {quoted(feature_set.name)}.degraded IS NOT NULL THEN {name} END"
+def _too_short(feature_sets: Sequence[FeatureSet]) -> Derived:
+    needs = ", ".join(f"{one.name} {one.shortest_s:g} s" for one in feature_sets if one.shortest_s)
+    return Derived(
+        "too_short",
+        "metadata",
+        "duration_s",
+        _names_where(feature_sets, lambda one: f"{{0}} < {one.shortest_s}"),
+        f"Feature sets that need a longer file for their values to mean something ({needs})",
+        type="VARCHAR[]",
+    )
+
+
+def _names_where(feature_sets: Sequence[FeatureSet], condition: Callable[[FeatureSet], str]) -> str:
+    """Return the SQL of the list of feature sets that fulfil a condition."""
+    cases = (f"CASE WHEN {condition(one)} THEN {literal(one.name)} END" for one in feature_sets)
+    return f"[{', '.join(cases)}].list_filter(lambda name: name IS NOT NULL)"
 
 
 def _degraded(feature_sets: Sequence[FeatureSet]) -> View:

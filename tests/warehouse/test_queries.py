@@ -1,5 +1,6 @@
 import math
 import random
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -8,7 +9,9 @@ import pandas as pd
 import pytest
 
 from audio_assets.features import FEATURE_SETS
+from audio_assets.features.base import Column
 from audio_assets.warehouse.queries import QueryError, query, status
+from audio_assets.warehouse.views import views
 from tests.warehouse.rows import (
     START,
     attempt,
@@ -198,6 +201,41 @@ def test_tracks_show_the_headline_of_each_feature_set(warehouse: Path) -> None:
         "mfcc_mean",
     }
     assert shown <= set(tracks)
+
+
+def test_files_that_are_too_short_for_feature_sets_are_marked(tmp_path: Path) -> None:
+    lengths = {"a": 2.9, "b": 3.0, "c": 6.0, "d": 8.0, "of unknown length": None}
+    landing = landing_of(tmp_path, SETS)
+    landing.append("library/files", [file(key) for key in [*lengths, "without a row"]])
+    row = made_up(FEATURE_SETS["metadata"], "", random.Random(1))
+    landing.append(
+        "features/metadata",
+        [row | {"file_key": key, "duration_s": length} for key, length in lengths.items()],
+    )
+    publisher_of(tmp_path, SETS).publish()
+    sql = "SELECT file_key, too_short FROM features.tracks ORDER BY ALL"
+    assert query(tmp_path / "warehouse.duckdb", sql).rows == [
+        ("a", ["danceability", "key", "rhythm"]),
+        ("b", ["key", "rhythm"]),
+        ("c", ["key"]),
+        ("d", []),
+        ("of unknown length", []),
+        ("without a row", []),
+    ]
+
+
+def test_columns_of_tracks_have_names_of_their_own_and_the_types_they_state(
+    warehouse: Path,
+) -> None:
+    found = query(warehouse, "SELECT column_name, column_type FROM (DESCRIBE features.tracks)")
+    assert [(column.name, column.type) for column in views(SETS)[0].columns] == found.rows
+    added = [
+        replace(SETS[0], name=f"added_{name}", headline=name, plotted=(), columns=[column])
+        for name in ("path", "bpm", "too_short")
+        for column in [Column(name, "DOUBLE", "What it is")]
+    ]
+    names = [column.name for column in views([*SETS, *added])[0].columns]
+    assert len(set(names)) == len(names)
 
 
 def test_every_column_of_every_table_and_view_says_what_it_is(warehouse: Path) -> None:

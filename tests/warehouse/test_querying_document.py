@@ -46,7 +46,7 @@ def test_python_blocks_run_in_order() -> None:
 @pytest.mark.usefixtures("_in_place")
 def test_every_sql_statement_runs() -> None:
     found = [statement for block in blocks("sql") for statement in block.strip().split(";\n")]
-    assert len(found) == 16
+    assert len(found) == 17
     for statement in found:
         with duckdb.connect() as session:
             if "ATTACH" not in statement and "warehouse." not in statement:

@@ -7,6 +7,7 @@ import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -135,14 +136,16 @@ def make_library(
         libsndfile's names of formats, taken in turn.
     """
     rng = random.Random(seed)
+    read = lru_cache(8)(partial(soundfile.read, dtype="float32", always_2d=True))
     made = []
     for number in range(files):
         recording = source.files[number % len(source.files)]
-        samples, rate = soundfile.read(recording, dtype="float32", always_2d=True)
+        samples, rate = read(recording)
         samples = samples[:, :2]
         wanted = round(seconds * rate)
         start = rng.randrange(max(len(samples) - wanted, 1))
-        samples = np.resize(samples[start:], (wanted, samples.shape[1])) * rng.uniform(0.5, 0.99)
+        samples = np.resize(samples[start : start + wanted], (wanted, samples.shape[1]))
+        samples *= rng.uniform(0.5, 0.99)
         fade = np.linspace(0, 1, min(_EDGE_SAMPLES, wanted), dtype=np.float32)[:, None]
         samples[: len(fade)] *= fade
         name = formats[number % len(formats)]

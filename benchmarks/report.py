@@ -346,6 +346,38 @@ def compare_section(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def samples_section(results: Mapping[str, Any]) -> str:
+    """Return the section on files of a second."""
+    sampling, kind = audio(results["source"])
+    project, bare = results["project"], results["bare"]
+    rows = [
+        (
+            CONTESTANTS[name],
+            figure(results["files"] / system["wall_s"]),
+            figure(system["cpu_s"] / results["files"] * 1000, " ms"),
+            figure(system["wall_s"], " s", 0),
+        )
+        for name, system in (("project", project), ("bare", bare))
+    ]
+    rows.append(
+        (
+            "project over bare",
+            "",
+            figure(project["cpu_s"] / bare["cpu_s"]),
+            figure(project["wall_s"] / bare["wall_s"]),
+        )
+    )
+    return "\n\n".join(
+        [
+            "## Samples of a second",
+            f"`python -m benchmarks.speed --parts samples`: {results['files']:,} files, without "
+            f"MusiCNN, beside a process pool that keeps nothing. {about(results)} Audio: "
+            f"{sampling}, from {kind}.",
+            table(("", "files per second", "CPU per file", "wall time"), rows),
+        ]
+    )
+
+
 def _per_audio(system: Mapping[str, Any], seconds: float | None) -> str:
     return figure(seconds and 1000 * seconds / system["audio_s"], " ms", 2)
 
@@ -545,6 +577,7 @@ SECTIONS = {
     "accuracy": accuracy_section,
     "tempo-calibration": confidence_section,
     "speed-compare": compare_section,
+    "speed-samples": samples_section,
     "speed-orchestration": orchestration_section,
     "speed-layer": layer_section,
     "drift": drift_section,

@@ -39,12 +39,14 @@ QUICK_SETS = ("metadata", "rhythm")
 TINY_SETS = ("key", "loudness")
 """Feature sets of the runs that count orchestration alone."""
 
+PARTS = ("compare", "samples", "orchestration", "layer")
 REPEATS = 5
 """Runs of a library of one or two batches, whose start varies by as much as a batch takes."""
 
 BATCH_FILES = AudioAssetsSettings.model_fields["batch_size"].default
 
 TRACK_S = 200.0
+SAMPLES = 5000
 WITHOUT_FILES = 18
 PLAIN_FILES = 2
 """Tracks, of those for all feature sets, that are enough without MusiCNN and for plain Dagster."""
@@ -118,6 +120,20 @@ def compare(
             _tell(found[name][system], f"{source.sampling}, {name}", system)
         title = "without MusiCNN" if sets is without else "all feature sets"
         found["ratios"] |= _ratios(found[name], f"{source.sampling}, {title}")
+    return found
+
+
+def samples(scratch: Path, feature_sets: Sequence[str], files: int) -> dict[str, Any]:
+    """Compare the project with a process pool on files of a second, without MusiCNN."""
+    source = find_source(scratch, FULL_RATE)
+    library = scratch / "samples"
+    make_library(source, library, files=files, seconds=1.0, seed=2)
+    sets = [name for name in feature_sets if name != "musicnn"]
+    found: dict[str, Any] = {"files": files, "source": source.about()}
+    for system in ("bare", "project"):
+        figures = run_system(system, library, sets, scratch / f"samples of {system}")
+        found[system] = _per_second(figures, files)
+        _tell(found[system], "samples of a second", system)
     return found
 
 
@@ -223,8 +239,8 @@ def main() -> None:
     parser.add_argument(
         "--parts",
         nargs="*",
-        choices=["compare", "orchestration", "layer"],
-        default=["compare", "orchestration", "layer"],
+        choices=PARTS,
+        default=PARTS,
         help="what to measure; what is left out stays as it was in the results",
     )
     parser.add_argument("--results", type=Path, help="directory for speed.json")
@@ -252,6 +268,12 @@ def main() -> None:
                             seconds=TRACK_S,
                             plain_files=PLAIN_FILES,
                         )
+                    )
+                case "samples":
+                    found = samples(
+                        scratch / "seconds",
+                        QUICK_SETS if arguments.quick else list(FEATURE_SETS),
+                        4 if arguments.quick else SAMPLES,
                     )
                 case "orchestration":
                     found = {"runs": orchestration(scratch / "tiny", sizes, quick=arguments.quick)}

@@ -50,7 +50,7 @@ def test_damage(results: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # runs of whole systems, one after the other
-@pytest.mark.parametrize("part", ["compare", "orchestration", "layer"])
+@pytest.mark.parametrize("part", ["compare", "samples", "orchestration", "layer"])
 def test_speed(results: Path, part: str) -> None:
     if part == "layer":
         pytest.importorskip("pybreaker", reason="the dependency group bench is not installed")

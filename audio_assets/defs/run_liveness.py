@@ -6,12 +6,12 @@ from contextlib import suppress
 
 import dagster as dg
 
+from audio_assets.monitoring import run_locks
 from audio_assets.monitoring.kernel_locks import is_locked
 from audio_assets.monitoring.run_locks import (
-    FREE_FOR_S,
     LOCK_TAG,
     Liveness,
-    is_shared,
+    is_found_free,
     lock_directory,
     lock_path,
     lock_state,
@@ -79,8 +79,10 @@ def end_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     """
     ended = []
     runs = instance.get_runs(filters=dg.RunsFilter(statuses=_STATUSES))
-    if is_shared() and any(liveness(run) is Liveness.DEAD for run in runs):
-        time.sleep(FREE_FOR_S)
+    for run in runs:
+        liveness(run)
+    if any(is_found_free(run.run_id) for run in runs):
+        time.sleep(run_locks.FREE_FOR_S)
     for run in runs:
         if not is_dead(instance, run):
             continue

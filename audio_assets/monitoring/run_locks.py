@@ -182,6 +182,11 @@ def _is_session_locked(run_id: str) -> bool:
 _free_since: dict[str, float] = {}
 
 
+def is_found_free(run_id: str) -> bool:
+    """Return whether the last check found a run's lock in PostgreSQL free, for however long."""
+    return run_id in _free_since
+
+
 def _engine() -> sa.Engine:
     url = get_robustness_settings().state_url
     assert url is not None

@@ -18,7 +18,7 @@ from audio_assets.defs.run_launcher import RunLauncher
 from audio_assets.defs.run_liveness import end_dead_runs, liveness, remove_old_locks
 from audio_assets.monitoring import run_locks
 from audio_assets.monitoring.kernel_locks import is_locked
-from audio_assets.monitoring.run_locks import LOCK_TAG, Liveness, RunLock
+from audio_assets.monitoring.run_locks import LOCK_TAG, Liveness, RunLock, is_found_free
 from audio_assets.settings import get_settings
 from robustness.settings import get_settings as get_robustness_settings
 from tests.conftest import PROJECT
@@ -185,8 +185,8 @@ def test_a_lock_in_postgresql_lives_and_dies_with_its_process(
         assert liveness(run) is Liveness.ALIVE
         holder.kill()
         holder.wait()
-        assert liveness(run) is Liveness.ALIVE  # free at one check
-        wait_until(lambda: liveness(run) is Liveness.DEAD)
+        wait_until(lambda: liveness(run) is Liveness.ALIVE and is_found_free(run.run_id))
+        assert end_dead_runs(instance) == [run.run_id]  # after a second check
 
 
 def test_a_postgresql_that_is_away_ends_no_run(

@@ -643,7 +643,7 @@ class Engine:
         file, cells = stage.file, stage.cells
         was_tried = stage is not file.identify and not was_deferred
         self._results.stage_given_up(stage)
-        stage.error, stage.state = error, StageState.FAILED
+        last, stage.error, stage.state = stage.error, error, StageState.FAILED
         if stage is file.identify:
             self._results.identified(file)
         for cell in cells:
@@ -655,12 +655,13 @@ class Engine:
             cell.error, cell.state = error, StageState.FAILED
             if was_tried:
                 self._results.suspect(cell, error)
+            has_record = was_tried and cell is cells[0]
             # The record of the last attempt, or of the quarantine, says it.
             says_it = (file.key, cell.operation) in self._results.quarantined or (
-                was_tried and cell is cells[0]
+                has_record and error is last
             )
             waited = was_deferred or (stage is file.identify and error.retryable)
-            noted_as = "given_up" if waited else "skipped"
+            noted_as = "given_up" if waited or has_record else "skipped"
             self._results.failed(cell, file.key, error, noted_as=None if says_it else noted_as)
             for follower in list(cell.followers):
                 follows = follower.cells[cell.operation]

@@ -137,9 +137,10 @@ ATTEMPTS = Table(
         Column(
             "outcome",
             "VARCHAR",
-            "succeeded, failed, deferred (to be tried later), given_up (deferred for too long, or "
-            "the file with the same content failed), skipped (cannot be read), quarantined (not "
-            "tried again, as its file is at fault) or reused (unchanged since an earlier run)",
+            "succeeded, failed, deferred (to be tried later), given_up (deferred for too long, the "
+            "file with the same content failed, or its first attempt, not the last, says why), "
+            "skipped (cannot be read), quarantined (not tried again, as its file is at fault) or "
+            "reused (unchanged since an earlier run)",
         ),
         Column("error_type", "VARCHAR", "Classified error; NULL if none"),
         Column("severity", "VARCHAR", "low, medium, high or critical; NULL if no error"),

@@ -207,6 +207,23 @@ def test_nothing_saves_a_file_that_no_extractor_survives(library: Path, tmp_path
     assert get_circuit_breaker("feature:deadly").get_stats()["failure_count"] == 1
 
 
+def test_what_failed_first_is_the_recorded_reason_without_a_quarantine_too(
+    library: Path, tmp_path: Path
+) -> None:
+    feature_set = faults.feature_set("deadly", faults.segfault, faults.implausible)
+    for name in GOOD:
+        (library / name).unlink()
+    error = run(library, tmp_path, feature_set)["bad.wav"].error
+    assert Quarantine().list() == []
+    rows = sorted(all_attempts(tmp_path, feature_set), key=lambda row: row["row_id"])
+    assert [row["outcome"] for row in rows] == ["failed", "failed", "given_up"]
+    first, last, reason = (row["message"] for row in rows)
+    assert "SIGSEGV" in first
+    assert first == reason != last
+    assert error is not None
+    assert error.reason == reason
+
+
 def test_file_that_vanished_fails_with_that_reason(library: Path, tmp_path: Path) -> None:
     feature_set = faults.feature_set("plain", faults.sound)
     keys = [f"music/{name}" for name in (*GOOD, "bad.wav")]

@@ -98,10 +98,15 @@ def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
             ]
             + [
                 attempt(
-                    "music/damaged.mp3", name, "failed", run_id=run, started_at=start,
-                    error_type="corrupt_file", message="breaks off after 3 of 200 s",
+                    "music/damaged.mp3", name, outcome, run_id=run, started_at=start,
+                    error_type=error_type, message=message,
                 )
                 for name in list(FEATURE_SETS)[:failures]
+                for outcome, error_type, message in (
+                    ("failed", "corrupt_file", "breaks off after 3 of 200 s"),
+                    ("failed", "unsupported_format", "no audio format"),
+                    ("given_up", "corrupt_file", "breaks off after 3 of 200 s"),
+                )
             ],
         )  # fmt: skip
     publisher_of(root, SETS).publish()
@@ -154,8 +159,9 @@ def test_failing_files(warehouse: Path) -> None:
 def test_last_nights_failures(warehouse: Path) -> None:
     [failure] = example(warehouse, "last_nights_failures").to_dict("records")
     assert failure["file_key"] == "music/damaged.mp3"
+    assert failure["error_type"] == "corrupt_file"
     assert failure["message"] == "breaks off after 3 of 200 s"
-    assert failure["failed_attempts"] == 1
+    assert failure["failed_attempts"] == 2
     assert failure["still_missing"] == sorted(FEATURE_SETS)
 
 

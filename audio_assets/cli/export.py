@@ -68,7 +68,8 @@ def export(
     console.print(f"{written} {what} are in {output}.", highlight=False)
     if left_out:
         console.print(
-            f"{left_out} are left out: gone, or their duration could not be read.", style="yellow"
+            f"{left_out} are left out: gone, or not analysed; features.missing says why.",
+            style="yellow",
         )
 
 

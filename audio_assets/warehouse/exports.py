@@ -8,6 +8,7 @@ from typing import Any
 
 from blake3 import blake3
 
+from audio_assets.features import FEATURE_SETS
 from audio_assets.features.base import Row
 from audio_assets.library import text
 from audio_assets.library.files import replacing
@@ -122,7 +123,7 @@ def write_playlist(
     Returns
     -------
     (int, int)
-        Number of tracks written, and of those left out as their files are gone or unreadable.
+        Number of tracks written, and of those left out as their files are gone or not analysed.
 
     Raises
     ------
@@ -268,6 +269,11 @@ LEFT JOIN warehouse.features.musicnn AS of_musicnn USING (file_key)
 WHERE NOT coalesce(gone, false) AND of_metadata.duration_s IS NOT NULL
     AND file_key IN (SELECT unnest(?))
 """
+_UNREAD = """
+SELECT file_key FROM warehouse.features.missing WHERE feature_set IN (SELECT unnest(?))
+GROUP BY file_key HAVING count(*) = ?
+"""
+"""Files of whose audio there is no row. Of a damaged one, too, the header may state a duration."""
 
 
 def _file_keys(warehouse: Path, sql: str, parameters: Sequence[object] = ()) -> list[str]:
@@ -283,11 +289,17 @@ def _file_keys(warehouse: Path, sql: str, parameters: Sequence[object] = ()) -> 
 
 
 def _rows_of(warehouse: Path, keys: Sequence[str], sql: str, at_once: int) -> Iterator[Row]:
-    """Yield what a query says of files, in their order; of files that are gone, nothing."""
+    """Yield what a query says of files, in their order; nothing of those gone or unread."""
+    names = [name for name, feature_set in FEATURE_SETS.items() if feature_set.reads_pcm]
+    unread = {key for (key,) in query(warehouse, _UNREAD, [names, len(names)]).rows}
     for start in range(0, len(keys), at_once):
         some = keys[start : start + at_once]
         result = query(warehouse, sql, [some])
-        rows = {row[0]: dict(zip(result.columns, row, strict=True)) for row in result.rows}
+        rows = {
+            row[0]: dict(zip(result.columns, row, strict=True))
+            for row in result.rows
+            if row[0] not in unread
+        }
         yield from (rows[key] for key in some if key in rows)
 
 

@@ -28,7 +28,7 @@ NAMES = [
 """The last is too long for a file's name, once its invisible characters are escaped."""
 
 KEYS = [encode_key("music", name) for name in NAMES]
-GONE, UNREADABLE, ONLY_TAGS = "music/gone.mp3", "music/unreadable.mp3", "music/tags.mp3"
+GONE, UNREADABLE, UNTITLED = "music/gone.mp3", "music/unreadable.mp3", "music/untitled.mp3"
 TRACKS = "FROM features.tracks ORDER BY file_key DESC"
 
 
@@ -38,8 +38,9 @@ def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
     landing = landing_of(root, list(FEATURE_SETS.values()))
     landing.append(
         "library/files",
-        [file(key, gone=key == GONE) for key in (*KEYS, GONE, UNREADABLE, ONLY_TAGS)],
+        [file(key, gone=key == GONE) for key in (*KEYS, GONE, UNREADABLE, UNTITLED)],
     )
+    untitled = {"title": None, "artist": None}
     for name in ("metadata", "rhythm", "key", "musicnn"):
         rows = [made_up(FEATURE_SETS[name], key, random.Random(1)) for key in (*KEYS, GONE)]
         own = {
@@ -51,10 +52,11 @@ def warehouse(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows = [row | own for row in rows]
         if name == "metadata":
             rows += [
-                rows[0] | {"file_key": UNREADABLE, "duration_s": None},
-                rows[0] | {"file_key": ONLY_TAGS, "title": None, "artist": None},
+                rows[0] | {"file_key": key, "content_hash": f"hash of {key}"} | untitled
+                for key in (UNREADABLE, UNTITLED)
             ]
         landing.append(f"features/{name}", rows)
+    landing.append("features/mfcc", [made_up(FEATURE_SETS["mfcc"], UNTITLED, random.Random(1))])
     publisher_of(root, list(FEATURE_SETS.values())).publish()
     return root / "warehouse.duckdb"
 
@@ -65,12 +67,12 @@ def test_a_playlist_leads_to_each_file_whatever_its_name(warehouse: Path, tmp_pa
     assert write_playlist(warehouse, TRACKS, playlist, path_of) == (len(KEYS) + 1, 1)
     first, *lines = playlist.read_text("utf-8").splitlines()
     assert first == "#EXTM3U"
-    assert set(lines[::2]) == {"#EXTINF:200,Ann - Line 1 #Line 2", "#EXTINF:200,tags.mp3"}
+    assert set(lines[::2]) == {"#EXTINF:200,Ann - Line 1 #Line 2", "#EXTINF:200,untitled.mp3"}
     read = [
         unquote_to_bytes(line.removeprefix("file://")) if "://" in line else line.encode()
         for line in lines[1::2]
     ]
-    named = dict(zip(KEYS, NAMES, strict=True)) | {ONLY_TAGS: b"tags.mp3"}
+    named = dict(zip(KEYS, NAMES, strict=True)) | {UNTITLED: b"untitled.mp3"}
     assert read == [b"/music/" + named[key] for key in sorted(named, reverse=True)]
     assert sum("://" in line for line in lines) == 4
     assert write_playlist(warehouse, f"SELECT '{GONE}' AS file_key", playlist, path_of) == (0, 1)
@@ -80,7 +82,7 @@ def test_jams_are_valid(warehouse: Path, tmp_path: Path) -> None:
     assert write_jams(warehouse, TRACKS, tmp_path / "jams") == (len(KEYS) + 1, 1)
     found = {path: jams.load(str(path)) for path in (tmp_path / "jams").rglob("*.jams")}
     by_key = {track.file_metadata.identifiers["file_key"]: track for track in found.values()}
-    assert set(by_key) == {*KEYS, ONLY_TAGS}
+    assert set(by_key) == {*KEYS, UNTITLED}
     assert tmp_path / "jams" / f"{KEYS[0]}.jams" in found
     track = by_key[KEYS[0]]
     assert (track.file_metadata.artist, track.file_metadata.duration) == ("Ann", 200.0)
@@ -94,7 +96,7 @@ def test_jams_are_valid(warehouse: Path, tmp_path: Path) -> None:
         ("tag_open", [(0.0, 200.0, "rock", 0.5)]),
         ("tag_open", [(0.0, 200.0, "no vocals", 0.25)]),
     ]
-    assert not by_key[ONLY_TAGS].annotations
+    assert not by_key[UNTITLED].annotations
 
 
 def test_parquet_has_the_columns_types(warehouse: Path, tmp_path: Path) -> None:

@@ -134,7 +134,11 @@ def test_the_time_of_the_workers_is_explained(analysed: tuple[Home, str]) -> Non
 
 def test_summary_names_tracks_failures_and_what_to_do_next(analysed: tuple[Home, str]) -> None:
     _, printed = analysed
-    assert "Failed cells" in printed
+    tracks, failed = printed.split("Failed cells")
+    assert "without these values: 1 (silent, too short, or in features.missing)" in tracks
+    assert "degraded: 1 (in features.degraded)" in tracks
+    assert "lyrics.mp3" not in tracks
+    assert "lyrics.mp3" in failed
     assert "make dev" in printed
     assert "warehouse.duckdb" in printed
 

@@ -238,7 +238,7 @@ def _show_scan(roots: Mapping[str, Path], scan: "LibraryScan") -> None:
 
 
 def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
-    """Show the tracks that could be read, and failed cells; return how the analysis ended."""
+    """Show the tracks with values, and failed cells; return how the analysis ended."""
     from audio_assets.features import FEATURE_SETS
     from audio_assets.settings import CHECKOUT
     from audio_assets.warehouse.database import reading
@@ -246,8 +246,8 @@ def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
     of_roots = "split_part(file_key, '/', 1) IN (SELECT unnest(?))"
     with reading(warehouse) as connection:
         tracks = connection.execute(
-            "SELECT file_key, bpm, key || ' ' || scale, integrated_lufs, danceability, top_tag "
-            f"FROM features.tracks WHERE {of_roots} AND duration_s IS NOT NULL ORDER BY file_key",
+            "SELECT len(degraded) > 0, file_key, bpm, key || ' ' || scale, integrated_lufs, "
+            f"danceability, top_tag FROM features.tracks WHERE {of_roots} ORDER BY file_key",
             [names],
         ).fetchall()
         failures = connection.execute(
@@ -257,7 +257,15 @@ def _show_results(warehouse: Path, names: Sequence[str]) -> ExitCode:
             f"FROM features.missing WHERE {of_roots} GROUP BY ALL ORDER BY file_key",
             [len(FEATURE_SETS), names],
         ).fetchall()
-    _print_first(("file", "bpm", "key", "LUFS", "danceability", "tag"), tracks, "Tracks")
+    shown = [row for _, *row in tracks if any(value is not None for value in row[1:])]
+    _print_first(("file", "bpm", "key", "LUFS", "danceability", "tag"), shown, "Tracks")
+    empty, degraded = len(tracks) - len(shown), sum(is_degraded for is_degraded, *_ in tracks)
+    if empty or degraded:
+        console.print(
+            f"  without these values: {empty} (silent, too short, or in features.missing); "
+            f"degraded: {degraded} (in features.degraded)",
+            style="dim",
+        )
     if failures:
         failed = [row[:-1] for row in failures]
         _print_first(("file", "reason", "feature sets"), failed, "Failed cells")

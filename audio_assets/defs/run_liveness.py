@@ -80,7 +80,7 @@ def end_dead_runs(instance: dg.DagsterInstance) -> list[str]:
     ended = []
     runs = instance.get_runs(filters=dg.RunsFilter(statuses=_STATUSES))
     for run in runs:
-        liveness(run)
+        liveness(run)  # a lock in PostgreSQL counts as free at the second check
     if any(is_found_free(run.run_id) for run in runs):
         time.sleep(run_locks.FREE_FOR_S)
     for run in runs:

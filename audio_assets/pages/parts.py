@@ -151,7 +151,7 @@ def _frame(part: Part) -> pd.DataFrame:
 
 
 def _said(part: Part, nothing: str) -> mo.Html:
-    """Return what there is instead of anything to show; the head of the page says why."""
+    """Return the text of a part without rows; the top of the page says why it is not known."""
     return _text("Not known." if part.unknown else nothing)
 
 

@@ -1,0 +1,161 @@
+"""Dagster's event logs in SQLite stay open, and are what Dagster's own storage reads and writes."""
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from queue import Queue
+
+import dagster as dg
+import pytest
+import sqlalchemy as sa
+from dagster._core.storage.event_log import SqliteEventLogStorage
+
+from audio_assets.defs.sqlite_storage import _MAX_OPEN, SqliteStorage
+from tests.conftest import PROJECT, forget_state
+
+KEY = dg.AssetKey("one")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A home with the project's dagster.yaml."""
+    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
+    forget_state()
+    config = PROJECT / "dagster_home" / "dagster.yaml"
+    (tmp_path / "dagster.yaml").write_bytes(config.read_bytes())
+    yield tmp_path
+    monkeypatch.undo()
+    forget_state()
+
+
+@pytest.fixture
+def instance(home: Path) -> Iterator[dg.DagsterInstance]:
+    with dg.DagsterInstance.from_config(str(home)) as made:
+        yield made
+
+
+def own_storage_of_dagster(home: Path) -> SqliteEventLogStorage:
+    return SqliteEventLogStorage(str(home / "history" / "runs"))
+
+
+@dg.op(config_schema={"events": int})
+def report(context: dg.OpExecutionContext) -> None:
+    for number in range(context.op_config["events"]):
+        tags = {"dagster/data_version": "1"}
+        context.log_event(dg.AssetMaterialization(KEY, partition=str(number), tags=tags))
+
+
+@dg.job
+def reporting() -> None:
+    report()
+
+
+def run(instance: dg.DagsterInstance, events: int = 3) -> str:
+    config = {"ops": {"report": {"config": {"events": events}}}}
+    result = reporting.execute_in_process(config, instance=instance)
+    assert result.success
+    return result.run_id
+
+
+def test_it_is_what_the_home_uses(instance: dg.DagsterInstance, home: Path) -> None:
+    reference = instance.get_ref().storage_data
+    assert reference is not None
+    assert (reference.module_name, reference.class_name) == (
+        SqliteStorage.__module__,
+        SqliteStorage.__name__,
+    )
+    run(instance)
+    assert (home / "history" / "runs" / "index.db").exists()
+
+
+def test_an_event_opens_no_database(instance: dg.DagsterInstance) -> None:
+    run(instance)
+    opened = 0
+
+    def count(*_: object) -> None:
+        nonlocal opened
+        opened += 1
+
+    found = []
+    sa.event.listen(sa.pool.Pool, "connect", count)
+    try:
+        for events in (2, 50):
+            before = opened
+            run(instance, events)
+            found.append(opened - before)
+    finally:
+        sa.event.remove(sa.pool.Pool, "connect", count)
+    assert found[0] == found[1]
+
+
+def test_dagster_s_own_storage_reads_and_adds_to_it(
+    instance: dg.DagsterInstance, home: Path
+) -> None:
+    run_id = run(instance)
+    plain = own_storage_of_dagster(home)
+    assert plain.get_materialized_partitions(KEY) == {"0", "1", "2"}
+    records = plain.get_records_for_run(run_id).records
+    assert len(records) == len(instance.all_logs(run_id))
+
+    plain.store_event(records[0].event_log_entry)
+    assert len(instance.all_logs(run_id)) == len(records) + 1
+
+
+def test_who_watches_a_run_sees_its_events_while_it_goes_on(
+    instance: dg.DagsterInstance, home: Path
+) -> None:
+    run_id = run(instance)
+    entry = instance.all_logs(run_id)[0]
+    watcher, seen = own_storage_of_dagster(home), Queue[str]()
+    watcher.watch(run_id, None, lambda event, cursor: seen.put(cursor))
+    try:
+        instance.event_log_storage.store_event(entry)
+        stored = len(instance.all_logs(run_id))
+        for _ in range(stored):
+            seen.get(timeout=20)
+        time.sleep(0.5)  # reading, which the watcher does, must not wake it again
+        assert seen.empty()
+        with pytest.MonkeyPatch.context() as patch:
+            reads: list[str] = []
+            patch.setattr(watcher, "get_records_for_run", lambda run, _: reads.append(run))
+            instance.all_logs(run_id)
+            time.sleep(0.5)
+        assert not reads
+    finally:
+        watcher.dispose()
+
+
+def test_deleted_events_of_a_run_are_gone(instance: dg.DagsterInstance, home: Path) -> None:
+    run_id = run(instance)
+    for path in (home / "history" / "runs").glob(f"{run_id}.db*"):
+        path.unlink()
+    assert instance.all_logs(run_id) == []
+
+
+def test_few_databases_are_open_at_a_time(instance: dg.DagsterInstance) -> None:
+    run_ids = [run(instance) for _ in range(_MAX_OPEN + 3)]
+    assert all(instance.all_logs(run_id) for run_id in run_ids)
+    open_files = {link.resolve() for link in Path("/proc/self/fd").iterdir()}
+    databases = {path for path in open_files if path.suffix == ".db" and path.stem in run_ids}
+    assert 0 < len(databases) <= _MAX_OPEN
+
+
+def test_after_an_error_it_goes_on(instance: dg.DagsterInstance) -> None:
+    run_id = run(instance)
+    entry = instance.all_logs(run_id)[0]
+    logs = instance.event_log_storage
+    assert isinstance(logs, SqliteEventLogStorage)
+    stored = len(instance.all_logs(run_id))
+
+    def fail() -> None:
+        with logs.run_connection(run_id) as connection:
+            connection.execute(logs.prepare_insert_event(entry))
+            connection.execute(sa.text("SELECT * FROM nowhere"))
+
+    with pytest.raises(sa.exc.DatabaseError):
+        fail()
+    logs.store_event(entry)
+    assert len(instance.all_logs(run_id)) == stored + 1
+    with sqlite3.connect(logs.path_for_shard(run_id), timeout=0) as other:
+        other.execute("BEGIN EXCLUSIVE")  # nothing is left locked

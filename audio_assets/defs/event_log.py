@@ -1,8 +1,7 @@
 """Writing the events of cells to Dagster's event log, in batches where that is set up.
 
-Dagster stores up to ``DAGSTER_EVENT_BATCH_SIZE`` events in one statement if they come as a batch.
-On PostgreSQL an event then takes 0.7 ms of CPU time instead of 6.5 ms; SQLite's storage writes them
-one by one.
+Dagster stores up to ``DAGSTER_EVENT_BATCH_SIZE`` events at once if they come as a batch. An event
+then takes 0.7 ms of CPU time instead of 6.5 ms on PostgreSQL. On SQLite, `sqlite_storage` sets it.
 """
 
 import os

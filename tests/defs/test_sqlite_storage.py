@@ -3,12 +3,14 @@
 import sqlite3
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from queue import Queue
 
 import dagster as dg
 import pytest
 import sqlalchemy as sa
+from dagster._core.events import ASSET_EVENTS
 from dagster._core.storage.event_log import SqliteEventLogStorage
 
 from audio_assets.defs.sqlite_storage import _MAX_OPEN, SqliteStorage
@@ -33,6 +35,34 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def instance(home: Path) -> Iterator[dg.DagsterInstance]:
     with dg.DagsterInstance.from_config(str(home)) as made:
         yield made
+
+
+@dg.asset
+def one(context: dg.AssetExecutionContext) -> dg.MaterializeResult[None]:
+    context.log_event(dg.AssetObservation("one", metadata={"n": 1}))
+    return dg.MaterializeResult(data_version=dg.DataVersion("1"))
+
+
+@dg.asset(deps=[one])
+def two() -> dg.MaterializeResult[None]:
+    return dg.MaterializeResult(data_version=dg.DataVersion("2"))
+
+
+def is_of_an_asset(entry: dg.EventLogEntry) -> bool:
+    return entry.dagster_event_type in ASSET_EVENTS
+
+
+def tables(path: Path) -> dict[str, list[tuple[object, ...]]]:
+    """Return the rows of an event log, by table."""
+    with closing(sqlite3.connect(path)) as database:
+        return {
+            table: database.execute(f"SELECT {columns} FROM {table} ORDER BY 1, 2").fetchall()
+            for table, columns in (
+                ("event_logs", "*"),
+                ("asset_keys", "asset_key, last_materialization, last_run_id"),
+                ("asset_event_tags", "*"),
+            )
+        }
 
 
 def own_storage_of_dagster(home: Path) -> SqliteEventLogStorage:
@@ -124,6 +154,39 @@ def test_who_watches_a_run_sees_its_events_while_it_goes_on(
         assert not reads
     finally:
         watcher.dispose()
+
+
+def test_a_batch_is_what_its_events_are_one_by_one(
+    instance: dg.DagsterInstance, tmp_path: Path
+) -> None:
+    result = dg.materialize([one, two], instance=instance)
+    events = [entry for entry in instance.all_logs(result.run_id) if is_of_an_asset(entry)]
+    assert len({entry.dagster_event_type for entry in events}) == 3
+    batched, single = (SqliteStorage(str(tmp_path / name)) for name in ("batched", "single"))
+    batched.event_log_storage.store_event_batch(events)
+    for event in events:
+        single.event_log_storage.store_event(event)
+    for database in ("index", result.run_id):
+        found = [
+            tables(tmp_path / name / "history" / "runs" / f"{database}.db")
+            for name in ("batched", "single")
+        ]
+        assert found[0] == found[1]
+        assert len(found[0]["event_logs"]) == len(events)
+        assert len(found[0]["asset_event_tags"]) == (2 if database == "index" else 0)
+
+
+def test_of_a_batch_that_fails_nothing_is_stored(instance: dg.DagsterInstance, home: Path) -> None:
+    run_id = run(instance)
+    entries = [each for each in instance.all_logs(run_id) if is_of_an_asset(each)]
+    before = len(instance.all_logs(run_id))
+    with sqlite3.connect(home / "history" / "runs" / "index.db") as index:
+        index.execute("ALTER TABLE asset_keys RENAME TO gone")
+    with pytest.raises(sa.exc.DatabaseError):
+        instance.event_log_storage.store_event_batch(entries)
+    with sqlite3.connect(home / "history" / "runs" / "index.db") as index:
+        index.execute("ALTER TABLE gone RENAME TO asset_keys")
+    assert len(instance.all_logs(run_id)) == before
 
 
 def test_deleted_events_of_a_run_are_gone(instance: dg.DagsterInstance, home: Path) -> None:

@@ -93,17 +93,22 @@ def run_batches(
     landing = open_landing()
 
     # Runs have a thread of their own: Dagster takes an interrupt of its thread for a failure.
-    with ThreadPoolExecutor(1, initializer=_block_interrupts) as thread:
+    with (
+        ThreadPoolExecutor(1, initializer=_block_interrupts) as thread,
+        ThreadPoolExecutor(1, initializer=_block_interrupts) as publisher,
+    ):
         with (
             _keeping_output(console),
             _Progress(console, files=len(file_keys)) as progress,
             _interruption() as interrupted,
         ):
-            for batch in ranges:
+            for number, batch in enumerate(ranges):
                 run_id = str(uuid.uuid4())
                 run = thread.submit(
                     _execute, instance, all_features.name, run_id, batch_tags(batch, ANALYZE) | tags
                 )
+                if number:  # beside this run, what the last one wrote
+                    publisher.submit(_publish, console)
                 while not run.done():
                     wait([run], POLL_S)
                     if interrupted.is_set():
@@ -112,10 +117,8 @@ def run_batches(
                 run.result()
                 try:
                     record_run(instance, run_id, landing)
-                    if not interrupted.is_set():
-                        publish()  # between two batches it delays no worker
-                except Exception as error:  # noqa: BLE001 - the next batch publishes it
-                    console.print(f"not published: {error}", style="yellow")
+                except Exception as error:  # noqa: BLE001 - `record_ended_runs` does it later
+                    console.print(f"not recorded: {error}", style="yellow")
                 if interrupted.is_set():
                     raise KeyboardInterrupt(
                         "What was finished is kept: the same command goes on from there, and "
@@ -128,6 +131,13 @@ def run_batches(
             run_id = str(uuid.uuid4())
             if not thread.submit(_execute, instance, robustness_stats.name, run_id, tags).result():
                 publish()  # and raise what the run failed of
+
+
+def _publish(console: Console) -> None:
+    try:
+        publish()
+    except Exception as error:  # noqa: BLE001 - the next batch publishes it
+        console.print(f"not published: {error}", style="yellow")
 
 
 def _execute(

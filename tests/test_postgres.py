@@ -21,8 +21,8 @@ def test_analyze_with_all_state_in_postgresql(
     address = postgres_url.partition("://")[2]
     home = replace(home, variables={name: scheme + address for name, scheme in exported})
     assert len(home.variables) == 2
-    config = home.path / "dagster.yaml"
-    config.write_text(re.sub(r"^storage:\n( .*\n)+", storage, config.read_text(), flags=re.M))
+    with (home.path / "dagster.yaml").open("a") as file:
+        file.write(storage)
 
     (finding,) = check(home, "Dagster", {"DAGSTER_PG_URL": f"postgresql://{address}"})
     assert finding.verdict is Verdict.FAILED

@@ -1,11 +1,12 @@
-"""Dagster's SQLite storage that ``dagster.yaml`` names: an event takes a tenth of the time.
+"""The instance that ``dagster.yaml`` names: in its SQLite storage an event takes a tenth of the time.
 
 The files are those of Dagster's own storage, which makes an engine and a connection for each
 statement, and a transaction for each event.
 """
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from threading import RLock
@@ -16,12 +17,11 @@ import sqlalchemy as sa
 
 # Not public: there is no setting for what this changes.
 from dagster._core.events import ASSET_EVENTS
+from dagster._core.instance.ref import InstanceRef
 from dagster._core.storage.event_log import SqlEventLogStorageTable, SqliteEventLogStorage
 from dagster._core.storage.sqlite import SQLITE_BUSY_TIMEOUT_SECONDS
 from dagster._core.storage.sqlite_storage import DagsterSqliteStorage
 from dagster._serdes import ConfigurableClassData
-
-from audio_assets.settings import get_settings
 
 _MAX_OPEN = 8
 """Databases kept open: Dagster has one per run, and one for all."""
@@ -29,24 +29,36 @@ _MAX_OPEN = 8
 _BATCH_SIZE = "50"
 
 
+class Instance(dg.DagsterInstance):
+    """Dagster's instance with `SqliteStorage`, unless ``dagster.yaml`` names another storage."""
+
+    @staticmethod
+    def config_schema() -> Mapping[str, dg.Field]:
+        """Return no settings but Dagster's."""
+        return {}
+
+    @staticmethod
+    def config_defaults(base_dir: str) -> Mapping[str, ConfigurableClassData | None]:
+        """Return Dagster's defaults, with the storage replaced."""
+        storage = ConfigurableClassData(
+            __name__, SqliteStorage.__name__, json.dumps({"base_dir": base_dir})
+        )
+        return {**InstanceRef.config_defaults(base_dir), "storage": storage}
+
+
 class SqliteStorage(DagsterSqliteStorage):
-    """Dagster's SQLite storage below its home, with the event logs kept open."""
+    """Dagster's SQLite storage, with the event logs kept open."""
 
     def __init__(self, base_dir: str, inst_data: ConfigurableClassData | None = None) -> None:
         super().__init__(base_dir, inst_data)
         self._event_log_storage = _EventLogs(self._event_log_storage._base_dir)
 
     @classmethod
-    def config_type(cls) -> dict[str, Any]:
-        """Nothing is to be configured."""
-        return {}
-
-    @classmethod
     def from_config_value(
         cls, inst_data: ConfigurableClassData, config_value: Any
     ) -> "SqliteStorage":
-        """Open the storage below Dagster's home."""
-        return cls.from_local(str(get_settings().dagster_home.absolute()), inst_data)
+        """Open the storage in a directory."""
+        return cls.from_local(config_value["base_dir"], inst_data)
 
 
 class _EventLogs(SqliteEventLogStorage):

@@ -224,8 +224,6 @@ def _postgres_url(config: Path) -> str | None:
             raise StorageError(f"{config} names the variable {variable}, which is not set")
         case {"storage": {"postgres": {"postgres_url": str(url)}}}:
             return url
-        case {"storage": {"custom": {"module": "audio_assets.defs.sqlite_storage"}}}:
-            return None
     raise StorageError(f"{config} names a storage that only Dagster itself can read")
 
 

@@ -14,21 +14,17 @@ from dagster._core.events import ASSET_EVENTS
 from dagster._core.storage.event_log import SqliteEventLogStorage
 
 from audio_assets.defs.sqlite_storage import _MAX_OPEN, SqliteStorage
-from tests.conftest import PROJECT, forget_state
+from tests.conftest import PROJECT
 
 KEY = dg.AssetKey("one")
 
 
 @pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def home(tmp_path: Path) -> Path:
     """A home with the project's dagster.yaml."""
-    monkeypatch.setenv("DAGSTER_HOME", str(tmp_path))
-    forget_state()
     config = PROJECT / "dagster_home" / "dagster.yaml"
     (tmp_path / "dagster.yaml").write_bytes(config.read_bytes())
-    yield tmp_path
-    monkeypatch.undo()
-    forget_state()
+    return tmp_path
 
 
 @pytest.fixture

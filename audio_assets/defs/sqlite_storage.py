@@ -1,4 +1,4 @@
-"""The instance that ``dagster.yaml`` names: in its SQLite storage an event takes a tenth of the time.
+"""The instance of ``dagster.yaml``: in its SQLite storage an event takes a tenth of the time.
 
 The files are those of Dagster's own storage, which makes an engine and a connection for each
 statement, and a transaction for each event.

@@ -62,7 +62,7 @@ def load_feature_sets() -> tuple[dict[str, FeatureSet], list[BrokenFeatureSet]]:
     NoFeatureSetsError
         If the built-in ones are not among them.
     """
-    import duckdb
+    from audio_assets.warehouse.schema import in_memory
 
     found: dict[str, FeatureSet] = {}
     broken: list[BrokenFeatureSet] = []
@@ -72,7 +72,7 @@ def load_feature_sets() -> tuple[dict[str, FeatureSet], list[BrokenFeatureSet]]:
             f"{OWN_DISTRIBUTION} is not installed, or was before it declared its feature sets: "
             "install it again (make run, or pip install -e .)"
         )
-    with duckdb.connect() as connection:
+    with in_memory() as connection:
         for entry_point in declared:
             try:
                 feature_set = _load(entry_point, connection)

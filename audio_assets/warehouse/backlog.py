@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 
 from audio_assets.features import FEATURE_SETS
@@ -86,14 +87,18 @@ def conditions_of(feature_set: FeatureSet) -> dict[str, float | str]:
     """Return the limits and versions on which it depends whether a cell can be computed."""
     limits = get_robustness_settings()
     memory_mib = worker_budget_mib(get_settings().workers) if limits.memory_aware else math.inf
-    versions: dict[str, float | str] = {}
-    for name in ("av", feature_set.extractor, feature_set.alternative):
-        with suppress(PackageNotFoundError):
-            versions[name] = version(name)
-    return versions | {
+    packages = ("av", feature_set.extractor, feature_set.alternative)
+    return {name: found for name in packages if (found := _version(name))} | {
         ErrorType.TIMEOUT.value: limits.timeout_max_delay,
         ErrorType.MEMORY.value: memory_mib,
     }
+
+
+@cache
+def _version(package: str) -> str | None:
+    with suppress(PackageNotFoundError):
+        return version(package)
+    return None
 
 
 def release_contents(content_hashes: Collection[str], feature_sets: Collection[str]) -> None:

@@ -30,11 +30,13 @@ imports light, or preload it.
 import atexit
 import contextlib
 import multiprocessing
+import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
+from multiprocessing import forkserver, resource_tracker
 from types import TracebackType
 from typing import Self, TypeVar, TypeVarTuple
 
@@ -111,6 +113,31 @@ TaskSource = Callable[[int], WorkerTask | None]
 """Returns the next task for the worker with this process id (0: not started yet), or None."""
 
 
+def start_fork_server(preload: Sequence[str] = ()) -> None:
+    """Start the fork server of all pools of this process, unless it is running.
+
+    The first pool would do so, and wait: started before, it imports beside the caller.
+
+    Parameters
+    ----------
+    preload : sequence of str
+        As for `WorkerPool`.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(_modules(preload))
+    # While it imports, an interrupt of the terminal would have it print a traceback.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        resource_tracker.ensure_running()  # as it starts, it unblocks the signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _modules(preload: Sequence[str]) -> list[str]:
+    return [worker_main.__module__, *preload]
+
+
 class WorkerPool:
     """Worker processes that run one task at a time each.
 
@@ -157,7 +184,7 @@ class WorkerPool:
             raise ValueError(f"a worker pool needs at least one worker, not {size}")
         self._memory_limit_mib = memory_limit_mib
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([worker_main.__module__, *preload])
+        self._context.set_forkserver_preload(_modules(preload))
         self._pressure = None if memory_high is None else _MemoryPressure(memory_high)
         self._changed = threading.Condition()
         # What follows is guarded by the condition.

@@ -69,6 +69,10 @@ def analyze(
         else:
             todo = find_backlog(found.files, landing).todo
         if todo:
+            from audio_assets.extraction import fork_server
+
+            fork_server.start()  # it imports beside what follows
+
             from audio_assets.cli.analyze import run_batches  # all that a run needs
 
             run_batches(instance, todo, console, force=force)

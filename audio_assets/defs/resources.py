@@ -1,6 +1,5 @@
 """The resource that the feature ops of a run share: workers, decoded audio and the landing."""
 
-import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import Field, PrivateAttr
 from audio_assets.defs.long_waits import result_tags
 from audio_assets.defs.machine_slot import machine_slot
 from audio_assets.defs.run_records import record_start, record_worker_time
+from audio_assets.extraction import fork_server
 from audio_assets.extraction.engine import Engine
 from audio_assets.extraction.scratch import Scratch
 from audio_assets.library.roots import library_roots
@@ -44,8 +44,7 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
     @contextmanager
     def yield_for_execution(self, context: dg.InitResourceContext) -> Generator[Self]:
         """Start the workers, and stop them when the run ends, also by an error."""
-        for variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            os.environ.setdefault(variable, "1")  # each worker uses one core
+        fork_server.start()
         if context.run is None or context.log is None or context.instance is None:
             raise dg.DagsterInvariantViolationError("features are extracted in a run")
         run_id = context.run.run_id
@@ -57,7 +56,6 @@ class ExtractionResource(dg.ConfigurableResource):  # type: ignore[type-arg]
             WorkerPool(
                 self.workers,
                 memory_limit_mib=worker_budget_mib(self.workers) if is_aware else None,
-                preload=("audio_assets.extraction.preload",),
                 memory_high=0.9 if is_aware else None,
             ) as pool,
         ):

@@ -22,6 +22,7 @@ CONTESTANTS = {
     "essentia": "MusicExtractor",
     "mixxx": "mixxx-analyzer",
     "sonara": "sonara",
+    "bliss": "bliss-audio",
     "plain": "plain Dagster, a run per file",
 }
 _WITH_PARTS = ("project", "bare", "algorithms")

@@ -1,6 +1,8 @@
 """The systems that `benchmarks.speed` compares, each run as a process of its own.
 
-    python -m benchmarks.speed_systems bare|algorithms|project|plain|essentia|mixxx|sonara LIBRARY
+    python -m benchmarks.speed_systems SYSTEM LIBRARY
+
+SYSTEM is bare, algorithms, project, plain, essentia, mixxx, sonara or bliss.
 
 Each writes what it knows of its own time to the file that `REPORT` names; its CPU time as a whole
 is measured from outside. Nothing heavy is imported at the top: workers run this module again.
@@ -23,7 +25,12 @@ CANNED = "AUDIO_ASSETS_BENCHMARK_CANNED"
 """Environment variable: JSON of rows that feature sets return in place of analysing anything."""
 
 
-PEERS = {"essentia": "essentia.standard", "mixxx": "mixxx_analyzer", "sonara": "sonara"}
+PEERS = {
+    "essentia": "essentia.standard",
+    "mixxx": "mixxx_analyzer",
+    "sonara": "sonara",
+    "bliss": "bliss_audio",
+}
 """Extractors of others, and their modules."""
 
 
@@ -172,16 +179,28 @@ def sonara(path: Path) -> None:
     sonara.analyze_file(str(path))
 
 
+def bliss(path: Path) -> None:
+    """Run bliss: tempo, zero crossings, spectral shape, level and chroma, at 22.05 kHz mono."""
+    import bliss_audio
+
+    bliss_audio.Song(str(path))
+
+
 def _run_peer(system: str, library: str) -> None:
     import multiprocessing
+    from concurrent.futures import ProcessPoolExecutor
     from importlib import import_module
 
     import_module(PEERS[system])  # before the fork
-    extract = {"essentia": music_extractor, "mixxx": mixxx_analyzer, "sonara": sonara}[system]
-    with multiprocessing.get_context("fork").Pool(_workers()) as pool:
-        pool.map(extract, _files(library), chunksize=1)
-        pool.close()
-        pool.join()
+    extract = {
+        "essentia": music_extractor,
+        "mixxx": mixxx_analyzer,
+        "sonara": sonara,
+        "bliss": bliss,
+    }[system]
+    # multiprocessing's own pool would wait for ever for a worker that crashes or panics.
+    with ProcessPoolExecutor(_workers(), multiprocessing.get_context("fork")) as pool:
+        list(pool.map(extract, _files(library)))
     _report({})
 
 

@@ -9,6 +9,7 @@ import random
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -229,12 +230,21 @@ def _sonara(path: Path, scratch: Path) -> Found:
     )
 
 
-PROGRAMS: Mapping[str, Callable[[Path, Path], Found]] = {
+def _bliss(path: Path, scratch: Path) -> Found:
+    import bliss_audio
+
+    tempo = bliss_audio.Song(str(path)).analysis_dict["tempo"]
+    return Found(bpm=(tempo + 1) / 2 * 206 or None)  # 0 to 206 bpm, as -1 to 1; -1 if none is found
+
+
+PROGRAMS: dict[str, Callable[[Path, Path], Found]] = {
     "primary": _extracted("extract"),
     "alternative": _extracted("extract_alternative"),
     "mixxx-analyzer": _mixxx,
     "sonara": _sonara,
 }
+if find_spec("bliss_audio"):  # not for Python 3.13
+    PROGRAMS["bliss-audio"] = _bliss
 
 
 # Measures
@@ -284,7 +294,7 @@ def scores(pairs: Sequence[tuple[Truth, Found]]) -> dict[str, float | None]:
         "beat_f_measure": _mean(score["F-measure"] for score in beats),
         "beat_cmlt": _mean(score["Correct Metric Level Total"] for score in beats),
         "beat_amlt": _mean(score["Any Metric Level Total"] for score in beats),
-        "key_score": _mean(keys),
+        "key_score": _mean(keys) if any(found.key for _, found in pairs) else None,
         "tuning_error_cents": float(np.median(tunings)) if tunings else None,
     }
 

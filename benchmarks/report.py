@@ -192,6 +192,7 @@ _PROGRAMS = {
     "alternative": "its alternatives",
     "mixxx-analyzer": "mixxx-analyzer",
     "sonara": "sonara",
+    "bliss-audio": "bliss-audio",
 }
 _SCORES = {
     "tempo": "tempo within 4 %",

@@ -30,7 +30,7 @@ from audio_assets.cli.printing import AsCsv, AsJson, console, print_table, set_u
 
 def main() -> None:
     """Run the command line; a known error is printed in one line."""
-    gc.set_threshold(50_000)  # with 700 the garbage collector takes a tenth of the time of imports
+    gc.set_threshold(500_000)  # with 700 the garbage collector takes a tenth of the time of imports
     set_up_output()
     try:
         app()

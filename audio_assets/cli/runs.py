@@ -1,5 +1,6 @@
 """The commands that work on the library and on Dagster's runs."""
 
+import gc
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -75,6 +76,8 @@ def analyze(
 
             from audio_assets.cli.analyze import run_batches  # all that a run needs
 
+            gc.freeze()  # what is imported stays
+            gc.set_threshold(50_000)
             run_batches(instance, todo, console, force=force)
         else:
             console.print("Nothing to compute: every cell is finished or quarantined.")

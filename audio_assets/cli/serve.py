@@ -1,5 +1,6 @@
 """`audio-assets serve`."""
 
+import gc
 import ipaddress
 import socket
 from typing import Annotated
@@ -43,6 +44,7 @@ def serve(
         f"Pages on {url}, health on {url}/readyz, metrics on {url}/metrics",
         highlight=False,
     )
+    gc.set_threshold(50_000)  # all is imported
     config = uvicorn.Config(service(Pages(), token), log_level="warning", access_log=False)
     uvicorn.Server(config).run(sockets=[listener])
 

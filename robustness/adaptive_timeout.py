@@ -16,7 +16,7 @@ from datetime import datetime
 from enum import Enum
 from functools import cache
 from types import MappingProxyType
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import sqlalchemy as sa
 
@@ -213,7 +213,7 @@ class AdaptiveTimeoutManager:
         audio_seconds: float | None = None,
         timed_out: bool = False,
     ) -> None:
-        """Record how long a piece of work took.
+        """Record how long a piece of work took; a success is stored within a second.
 
         Parameters
         ----------
@@ -251,11 +251,10 @@ class AdaptiveTimeoutManager:
             "timeout_given": timeout_used,
         }
 
-        def insert(connection: sa.Connection) -> None:
-            connection.execute(sa.insert(timings), row)
-            prune(connection, timings, SAMPLE_SIZE, feature_type=feature_type)
-
-        self._state.transact(insert)
+        if success:
+            self._state.transact_soon(_insert, row)
+        else:
+            self._state.transact(lambda connection: _insert(connection, [row]))
         outcome = "succeeded" if success else "timed_out" if row["censored"] else "failed"
         emit("duration_seconds", processing_time, operation=feature_type, outcome=outcome)
         emit("timeout_seconds", timeout_used, operation=feature_type)
@@ -377,6 +376,12 @@ class AdaptiveTimeoutManager:
 def get_timeout_manager() -> AdaptiveTimeoutManager:
     """Return the process's timeout manager."""
     return AdaptiveTimeoutManager()
+
+
+def _insert(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
+    connection.execute(sa.insert(timings), rows)
+    for feature_type in {row["feature_type"] for row in rows}:
+        prune(connection, timings, SAMPLE_SIZE, feature_type=feature_type)
 
 
 def _growth(file_size_mb: float, strategy: TimeoutStrategy) -> float:

@@ -5,6 +5,7 @@ worse by everybody asking again.
 """
 
 import time
+from collections import defaultdict
 from typing import Final
 
 import sqlalchemy as sa
@@ -20,29 +21,43 @@ BUDGET_REFILL_SECONDS: Final = 600.0
 """Time (s) in which an exhausted budget gets its reserve back, with no work done at all."""
 
 
-def change_budget(store: StateStore, scope: str, change: float) -> bool:
+def deposit(store: StateStore, scope: str, tokens: float) -> None:
+    """Add tokens to a scope, within a second."""
+    store.transact_soon(_deposit, (scope, tokens))
+
+
+def try_spend(store: StateStore, scope: str) -> bool:
+    """Take one token from a scope; False if there is none."""
+    return store.transact(lambda connection: _change(connection, scope, -1.0))
+
+
+def _deposit(connection: sa.Connection, deposits: list[tuple[str, float]]) -> None:
+    sums: dict[str, float] = defaultdict(float)
+    for scope, tokens in deposits:
+        sums[scope] += tokens
+    for scope, tokens in sums.items():
+        _change(connection, scope, tokens)
+
+
+def _change(connection: sa.Connection, scope: str, change: float) -> bool:
     """Add to a scope's tokens, or take some; False, and nothing changed, if there are too few."""
-
-    def write(connection: sa.Connection) -> bool:
-        now = time.time()
-        row = connection.execute(
-            sa.select(retry_budget.c.tokens, retry_budget.c.updated_at)
-            .where(retry_budget.c.scope == scope)
-            .with_for_update()
-        ).one_or_none()
-        tokens = BUDGET_RESERVE
-        if row:
-            idle = max(0.0, now - row.updated_at)
-            refilled = row.tokens + idle * BUDGET_RESERVE / BUDGET_REFILL_SECONDS
-            tokens = max(row.tokens, min(refilled, BUDGET_RESERVE))
-        if tokens + change < 0:
-            return False
-        values = {"tokens": min(tokens + change, BUDGET_CAPACITY), "updated_at": now}
-        connection.execute(
-            insert_into(connection, retry_budget)
-            .values(scope=scope, **values)
-            .on_conflict_do_update(index_elements=["scope"], set_=values)
-        )
-        return True
-
-    return store.transact(write)
+    now = time.time()
+    row = connection.execute(
+        sa.select(retry_budget.c.tokens, retry_budget.c.updated_at)
+        .where(retry_budget.c.scope == scope)
+        .with_for_update()
+    ).one_or_none()
+    tokens = BUDGET_RESERVE
+    if row:
+        idle = max(0.0, now - row.updated_at)
+        refilled = row.tokens + idle * BUDGET_RESERVE / BUDGET_REFILL_SECONDS
+        tokens = max(row.tokens, min(refilled, BUDGET_RESERVE))
+    if tokens + change < 0:
+        return False
+    values = {"tokens": min(tokens + change, BUDGET_CAPACITY), "updated_at": now}
+    connection.execute(
+        insert_into(connection, retry_budget)
+        .values(scope=scope, **values)
+        .on_conflict_do_update(index_elements=["scope"], set_=values)
+    )
+    return True

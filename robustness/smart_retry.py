@@ -18,10 +18,10 @@ from typing import Any, Final, Generic, Literal, ParamSpec, TypedDict, TypeVar, 
 
 from tenacity import AsyncRetrying, RetryCallState, Retrying
 
+from robustness import retry_budget
 from robustness.error_classifier import ErrorClassifier, ErrorInfo, get_error_classifier
 from robustness.instrumentation import emit
 from robustness.log_context import get_logger
-from robustness.retry_budget import change_budget
 from robustness.retry_history import RetryHistory, RetryStrategy, growth
 from robustness.settings import RobustnessSettings, get_settings
 from robustness.state import StateStore
@@ -337,12 +337,12 @@ class SmartRetryManager(RetryHistory):
         return delay
 
     def deposit(self, scope: str) -> None:
-        """Credit a first attempt to the retry budget of a scope, for instance an operation."""
-        change_budget(self._store, scope, self._settings.retry_budget_ratio)
+        """Credit a first attempt to the retry budget of a scope, such as an operation, soon."""
+        retry_budget.deposit(self._store, scope, self._settings.retry_budget_ratio)
 
     def try_spend(self, scope: str) -> bool:
         """Take one retry out of the budget of a scope; return whether it may be made."""
-        return change_budget(self._store, scope, -1.0)
+        return retry_budget.try_spend(self._store, scope)
 
 
 class _Work:

@@ -12,9 +12,9 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import cache
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -34,6 +34,9 @@ from robustness.state_schema import breaker_probes, insert_into, metadata
 logger = get_logger("state")
 
 T = TypeVar("T")
+
+SOON_SECONDS = 1.0
+"""How long `StateStore.transact_soon` may wait."""
 
 
 class StateUnavailableError(RuntimeError):
@@ -87,7 +90,14 @@ class StateStore:
         self.returned_at = -math.inf
         self._switching = threading.Lock()
         self._local = threading.local()
+        self._forget_pending()
         _stores.add(self)
+
+    def _forget_pending(self) -> None:
+        self._pending: dict[Callable[[Connection, list[Any]], object], list[Any]] = {}
+        self._pending_lock = threading.Lock()
+        self._pending_timer: threading.Timer | None = None
+        self._storing = threading.RLock()
 
     @property
     def url(self) -> str:
@@ -113,6 +123,28 @@ class StateStore:
     def query(self, function: Callable[[Connection], T]) -> T:
         """Run a function that only reads, on one consistent view, and return its result."""
         return self._run(function, write=False)
+
+    def transact_soon(self, function: Callable[[Connection, list[T]], object], item: T) -> None:
+        """Run a function on an item, and on others given for it, in one write transaction soon.
+
+        That is before this process uses the store again, and at most `SOON_SECONDS` later. What
+        is still to be stored is lost if the process is killed.
+
+        Parameters
+        ----------
+        function : callable
+            Called with a connection and the items, in order; as for `transact`, perhaps again.
+        item : object
+            What to store.
+        """
+        with self._pending_lock:
+            self._pending.setdefault(function, []).append(item)
+            if self._pending_timer:
+                return
+            self._pending_timer = threading.Timer(SOON_SECONDS, self._store_in_time)
+            self._pending_timer.daemon = True
+            with suppress(RuntimeError):  # no threads left: stored at the next use, or at exit
+                self._pending_timer.start()
 
     def begin(self) -> AbstractContextManager[Connection]:
         """Open a write transaction; keep it short.
@@ -149,6 +181,7 @@ class StateStore:
         if outer is not None and (outer[1] or not write):
             yield outer[0]
             return
+        self._store_pending()
         database = self._database
         try:
             with ExitStack() as stack:
@@ -163,6 +196,19 @@ class StateStore:
                 raise
             self._give_up(error)
             raise StateUnavailableError(f"{self.url} failed: {error}") from error
+
+    def _store_in_time(self) -> None:
+        with self._pending_lock:
+            self._pending_timer = None
+        self._store_pending()
+
+    def _store_pending(self) -> None:
+        """Store what `transact_soon` was given; when this returns, other threads have, too."""
+        with self._storing:
+            with self._pending_lock:
+                pending, self._pending = self._pending, {}
+            if pending:
+                self.transact(lambda c: [store(c, items) for store, items in pending.items()])
 
     def _enter(self, stack: ExitStack, *, write: bool) -> tuple[Database, Connection]:
         """Open a transaction on the database, or on the fallback if it cannot be opened."""
@@ -248,6 +294,7 @@ class StateStore:
             self._next_try = time.monotonic() + self._retry_interval
         self._switching = threading.Lock()
         self._local = threading.local()
+        self._forget_pending()  # the parent stores it
 
 
 def _carry_over(source: Connection, target: Connection) -> None:
@@ -285,6 +332,7 @@ os.register_at_fork(before=_release_all, after_in_child=_abandon_all)
 @atexit.register
 def _return_all() -> None:
     for store in list(_stores):
+        store._store_pending()
         store._return_at_exit()
 
 

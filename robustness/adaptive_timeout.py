@@ -261,6 +261,7 @@ class AdaptiveTimeoutManager:
         with self._lock:
             if history := self._histories.get(feature_type):
                 history.missed += 1
+                history.missed_failures += not success
 
     @overload
     def get_performance_stats(self, feature_type: str) -> PerformanceStats: ...
@@ -380,7 +381,7 @@ def get_timeout_manager() -> AdaptiveTimeoutManager:
 
 def _insert(connection: sa.Connection, rows: list[dict[str, Any]]) -> None:
     connection.execute(sa.insert(timings), rows)
-    for feature_type in {row["feature_type"] for row in rows}:
+    for feature_type in sorted({row["feature_type"] for row in rows}):  # one order for locks
         prune(connection, timings, SAMPLE_SIZE, feature_type=feature_type)
 
 

@@ -4,16 +4,12 @@ A call that meets a closed breaker costs no access to the store: its state may b
 successes are stored together, within a second. Failures, probes and transitions are stored at once.
 """
 
-import atexit
-import os
-import threading
 import time
 import uuid
-import weakref
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from typing import cast
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Literal, cast
 
 import sqlalchemy as sa
 from sqlalchemy import Connection
@@ -61,19 +57,8 @@ class Refusal:
     why: str
 
 
-@dataclass
-class _Pending:
-    """Outcomes not yet stored: they change no state, so they can wait a moment."""
-
-    success_times: list[float] = field(default_factory=list)
-    ignored: int = 0
-    rejected: int = 0
-
-    def __bool__(self) -> bool:
-        return bool(self.success_times or self.ignored or self.rejected)
-
-
-_states: "weakref.WeakSet[BreakerState]" = weakref.WeakSet()
+_Harmless = Literal["success", "ignored", "rejected"]
+"""An outcome that changes no state, so that it can wait a moment to be stored."""
 
 
 class BreakerState:
@@ -102,32 +87,23 @@ class BreakerState:
         self._policy = policy
         self._given_store = store
         self._announce = announce
-        self.forget()
-        _states.add(self)
+        self._cached: tuple[float, StateStore, BreakerRecord] | None = None
 
     @property
     def _store(self) -> StateStore:
         return self._given_store or get_state_store()
-
-    def forget(self) -> None:
-        """Drop what is pending, after a fork: the parent stores it."""
-        self._lock = threading.Lock()
-        self._pending = _Pending()
-        self._flush_due = False
-        self._cached: tuple[float, StateStore, BreakerRecord] | None = None
 
     def recent(self) -> BreakerRecord:
         """Return the stored record, at most `CACHE_SECONDS` old."""
         cached, store = self._cached, self._store
         if cached is not None and time.monotonic() < cached[0] and cached[1] is store:
             return cached[2]
-        record = store.query(self._read)
+        record = store.query(self._read, latest=False)
         self._remember(record)
         return record
 
     def current(self) -> tuple[BreakerRecord, Rates | None]:
         """Return the record and the rates of the window as they are stored now."""
-        self.flush()
         record, rates = self._store.query(lambda c: (self._read(c), self._rates(c, time.time())))
         self._remember(record)
         return record, rates
@@ -149,7 +125,7 @@ class BreakerState:
             self._remember(record)
             self._announce(transitions)
         if isinstance(answer, Refusal):
-            self._defer(rejected=1)
+            self._store_soon("rejected")
         return answer
 
     def report(self, report: Report) -> None:
@@ -158,7 +134,7 @@ class BreakerState:
             if report.outcome == "released":
                 return
             if report.outcome == "ignored":
-                self._defer(ignored=1)
+                self._store_soon("ignored")
                 return
             # A success matters only after failures, or if it is slow.
             if (
@@ -166,22 +142,17 @@ class BreakerState:
                 and not report.slow
                 and self.recent().consecutive_failures == 0
             ):
-                self._defer(success_at=time.time())
+                self._store_soon("success")
                 return
-        self._write(self._take_pending(), report)
+        record, transitions = self._store.transact(lambda c: self._store_report(c, report))
+        self._remember(record)
+        self._announce(transitions)
 
     def force(self, forced: Forced | None) -> None:
         """Set the state by hand; None closes the breaker and forgets its counts and probes."""
-        self._take_pending()
         record, transition = self._store.transact(lambda c: self._force(c, forced))
         self._remember(record)
         self._announce([transition])
-
-    def flush(self) -> None:
-        """Store what is pending."""
-        pending = self._take_pending()
-        if pending:
-            self._write(pending, None)
 
     def _remember(self, record: BreakerRecord) -> None:
         self._cached = time.monotonic() + CACHE_SECONDS, self._store, record
@@ -197,35 +168,8 @@ class BreakerState:
             return replace(cached[2])
         return BreakerRecord(self.name, CircuitState.CLOSED, self._policy.recovery_timeout)
 
-    def _defer(
-        self, *, success_at: float | None = None, ignored: int = 0, rejected: int = 0
-    ) -> None:
-        """Keep an outcome that changes no state, to be stored with others."""
-        with self._lock:
-            if success_at is not None:
-                self._pending.success_times.append(success_at)
-            self._pending.ignored += ignored
-            self._pending.rejected += rejected
-            if self._flush_due:
-                return
-            self._flush_due = True
-        timer = threading.Timer(CACHE_SECONDS, self.flush)
-        timer.daemon = True
-        with suppress(RuntimeError):  # no threads left: stored with the next failure, or at exit
-            timer.start()
-
-    def _take_pending(self) -> _Pending:
-        with self._lock:
-            pending, self._pending = self._pending, _Pending()
-            self._flush_due = False
-        return pending
-
-    def _write(self, pending: _Pending, report: Report | None) -> None:
-        record, transitions = self._store.transact(
-            lambda c: self._store_outcomes(c, pending, report)
-        )
-        self._remember(record)
-        self._announce(transitions)
+    def _store_soon(self, outcome: _Harmless) -> None:
+        self._store.transact_soon(_store_harmless, (self, outcome, time.time()))
 
     # Everything below runs inside a transaction.
 
@@ -289,26 +233,29 @@ class BreakerState:
         )
         return record, transitions, Admission(record.generation, token)
 
-    def _store_outcomes(
-        self, connection: Connection, pending: _Pending, report: Report | None
+    def _count(self, connection: Connection, times: Mapping[_Harmless, list[float]]) -> None:
+        record = self._lock_record(connection)
+        success_times = times["success"]
+        record.success_count += len(success_times)
+        record.ignored_count += len(times["ignored"])
+        record.rejected_count += len(times["rejected"])
+        if record.forced is None and record.state == CircuitState.CLOSED and success_times:
+            if success_times[-1] > (record.last_failure_at or 0):
+                record.consecutive_failures = 0
+            self._extend_window(connection, [(at, False, False) for at in success_times])
+        self._save(connection, record, time.time())
+
+    def _store_report(
+        self, connection: Connection, report: Report
     ) -> tuple[BreakerRecord, list[Transition]]:
-        """Store pending outcomes, then a report, and the transition that follows from it."""
+        """Store a report, and the transition that follows from it."""
         record = self._lock_record(connection)
         now = time.time()
-        transitions: list[Transition] = []
-        record.success_count += len(pending.success_times)
-        record.ignored_count += pending.ignored
-        record.rejected_count += pending.rejected
-        if record.forced is None and record.state == CircuitState.CLOSED and pending.success_times:
-            if pending.success_times[-1] > (record.last_failure_at or 0):
-                record.consecutive_failures = 0
-            self._extend_window(connection, [(at, False, False) for at in pending.success_times])
-        if report is not None:
-            transitions = self._store_report(connection, record, report, now)
+        transitions = self._judge(connection, record, report, now)
         self._save(connection, record, now)
         return record, transitions
 
-    def _store_report(
+    def _judge(
         self, connection: Connection, record: BreakerRecord, report: Report, now: float
     ) -> list[Transition]:
         failed = report.outcome == "failure"
@@ -427,21 +374,17 @@ class BreakerState:
         return record, transition
 
 
+def _store_harmless(
+    connection: Connection, outcomes: list[tuple[BreakerState, _Harmless, float]]
+) -> None:
+    """Count outcomes, breaker by breaker in an order that all processes keep."""
+    times: dict[BreakerState, dict[_Harmless, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for state, outcome, at in outcomes:
+        times[state][outcome].append(at)
+    for state in sorted(times, key=lambda state: state.name):
+        state._count(connection, times[state])
+
+
 def _current_run_id() -> str | None:
     run_id = current_log_fields().get("run_id")
     return None if run_id is None else str(run_id)
-
-
-@atexit.register
-def flush_all() -> None:
-    """Store what is pending of all breakers of this process."""
-    for state in list(_states):
-        state.flush()
-
-
-def _forget_all() -> None:
-    for state in list(_states):
-        state.forget()
-
-
-os.register_at_fork(after_in_child=_forget_all)

@@ -35,7 +35,7 @@ def _deposit(connection: sa.Connection, deposits: list[tuple[str, float]]) -> No
     sums: dict[str, float] = defaultdict(float)
     for scope, tokens in deposits:
         sums[scope] += tokens
-    for scope, tokens in sums.items():
+    for scope, tokens in sorted(sums.items()):  # all processes lock rows in one order
         _change(connection, scope, tokens)
 
 

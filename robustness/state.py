@@ -120,15 +120,23 @@ class StateStore:
         """
         return self._run(function, write=True)
 
-    def query(self, function: Callable[[Connection], T]) -> T:
-        """Run a function that only reads, on one consistent view, and return its result."""
-        return self._run(function, write=False)
+    def query(self, function: Callable[[Connection], T], *, latest: bool = True) -> T:
+        """Run a function that only reads, on one consistent view, and return its result.
+
+        Parameters
+        ----------
+        function : callable
+            Called with a connection.
+        latest : bool
+            Whether what `transact_soon` was given is stored before.
+        """
+        return self._run(function, write=False, latest=latest)
 
     def transact_soon(self, function: Callable[[Connection, list[T]], object], item: T) -> None:
         """Run a function on an item, and on others given for it, in one write transaction soon.
 
-        That is before this process uses the store again, and at most `SOON_SECONDS` later. What
-        is still to be stored is lost if the process is killed.
+        That is at most `SOON_SECONDS` later, and before this process writes to the store or reads
+        what is `latest`. What is not stored yet is lost if the process is killed.
 
         Parameters
         ----------
@@ -167,21 +175,22 @@ class StateStore:
         """Close the connections of this process; the next use opens new ones."""
         self._database.close()
 
-    def _run(self, function: Callable[[Connection], T], *, write: bool) -> T:
+    def _run(self, function: Callable[[Connection], T], *, write: bool, latest: bool = True) -> T:
         while True:
             try:
-                with self._opened(write=write) as connection:
+                with self._opened(write=write, latest=latest) as connection:
                     return function(connection)
             except StateUnavailableError:
                 continue  # the fallback, which cannot be unavailable, is in use now
 
     @contextmanager
-    def _opened(self, *, write: bool) -> Iterator[Connection]:
+    def _opened(self, *, write: bool, latest: bool = True) -> Iterator[Connection]:
         outer: tuple[Connection, bool] | None = getattr(self._local, "outer", None)
         if outer is not None and (outer[1] or not write):
             yield outer[0]
             return
-        self._store_pending()
+        if latest:
+            self._store_pending()
         database = self._database
         try:
             with ExitStack() as stack:
@@ -207,8 +216,8 @@ class StateStore:
         with self._storing:
             with self._pending_lock:
                 pending, self._pending = self._pending, {}
-            if pending:
-                self.transact(lambda c: [store(c, items) for store, items in pending.items()])
+            for store, items in pending.items():
+                self.transact(lambda c: store(c, items))  # noqa: B023 - called at once
 
     def _enter(self, stack: ExitStack, *, write: bool) -> tuple[Database, Connection]:
         """Open a transaction on the database, or on the fallback if it cannot be opened."""

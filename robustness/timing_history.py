@@ -67,8 +67,8 @@ class TimingHistory:
 
     def __init__(self, rows: Sequence[sa.RowMapping]) -> None:
         self._read_at = time.monotonic()
-        self.missed = 0
-        """Observations recorded by this process since."""
+        self.missed, self.missed_failures = 0, 0
+        """Observations recorded by this process since, and those of them that failed."""
         # A missing length or size (None) becomes NaN.
         self._values: dict[str, Floats] = {
             name: np.array([row[name] for row in rows], dtype=np.float64)
@@ -81,7 +81,8 @@ class TimingHistory:
     def is_stale(self) -> bool:
         """Return whether the observations have changed enough to be read again."""
         too_old = time.monotonic() > self._read_at + _REFRESH_SECONDS
-        return too_old or self.missed > min(len(self._success) / 10, _RECENT)
+        many = len(self._success) / 10
+        return too_old or self.missed > many or self.missed_failures > min(many, _RECENT)
 
     @property
     def recent_success_rate(self) -> float:

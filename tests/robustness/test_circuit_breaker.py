@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
-from robustness import breaker_store
+from robustness import state
 from robustness.circuit_breaker import (
     BreakerOptions,
     CircuitBreaker,
@@ -546,7 +546,7 @@ def test_successes_reach_the_store_soon_and_at_exit(url: str) -> None:
 
     def succeed_and_exit() -> None:
         make_breaker(url).call(int)
-        breaker_store.flush_all()  # as at the exit of a whole interpreter
+        state._return_all()  # as at the exit of a whole interpreter
 
     run_in_processes(4, succeed_and_exit)
     assert elsewhere.get_stats()["success_count"] == 9
@@ -556,7 +556,7 @@ def test_pending_successes_are_not_stored_again_by_a_forked_process(url: str) ->
     breaker = make_breaker(url)
     breaker.call(int)
     run_in_processes(3, breaker.call, int)
-    run_in_processes(3, breaker_store.flush_all)
+    run_in_processes(3, state._return_all)
     wait_until(lambda: breaker.get_stats()["success_count"] > 0)  # a thread may be storing it
     assert breaker.get_stats()["success_count"] == 1
 

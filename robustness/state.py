@@ -141,7 +141,8 @@ class StateStore:
         Parameters
         ----------
         function : callable
-            Called with a connection and the items, in order; as for `transact`, perhaps again.
+            Called with a connection and the items, in order; as for `transact`, perhaps again. If
+            it locks several rows, then in an order that all processes keep.
         item : object
             What to store.
         """
@@ -216,8 +217,10 @@ class StateStore:
         with self._storing:
             with self._pending_lock:
                 pending, self._pending = self._pending, {}
-            for store, items in pending.items():
-                self.transact(lambda c: store(c, items))  # noqa: B023 - called at once
+            if pending:
+                # All processes lock rows in one order.
+                in_order = sorted(pending.items(), key=lambda item: item[0].__qualname__)
+                self.transact(lambda c: [store(c, items) for store, items in in_order])
 
     def _enter(self, stack: ExitStack, *, write: bool) -> tuple[Database, Connection]:
         """Open a transaction on the database, or on the fallback if it cannot be opened."""

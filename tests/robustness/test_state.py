@@ -741,3 +741,38 @@ def test_ten_processes_go_through_a_restart_of_the_server(
         child.join(60)
     assert [child.exitcode for child in children] == [0] * 10
     assert len(rows_of(store, breaker_transitions)) == 100
+
+
+def insert_budgets(connection: sa.Connection, scopes: list[str]) -> None:
+    rows = [{"scope": scope, "tokens": 1.0, "updated_at": 0.0} for scope in scopes]
+    connection.execute(sa.insert(retry_budget), rows)
+
+
+def test_what_may_wait_is_stored_together_before_it_is_read(url: str) -> None:
+    store, elsewhere = open_store(url), open_store(url)
+    store.transact_soon(insert_budgets, "one")
+    store.transact_soon(insert_budgets, "two")
+    count = sa.select(sa.func.count()).select_from(retry_budget)
+    assert store.query(lambda c: c.scalar(count), latest=False) == 0
+    assert store.query(lambda c: c.scalar(count)) == 2
+    store.transact_soon(insert_budgets, "three")
+    wait_until(lambda: elsewhere.query(lambda c: c.scalar(count)) == 3)
+
+
+def test_what_may_wait_is_stored_once_though_the_process_forks(path: Path) -> None:
+    store = open_store(path)
+    store.transact_soon(insert_budgets, "one")
+    run_in_processes(2, state._return_all)
+    assert len(rows_of(store, retry_budget)) == 1
+
+
+def test_what_may_wait_survives_a_store_that_fails(path: Path) -> None:
+    store = impatient_store(path)
+    store.query(lambda connection: None)
+    with sqlite3.connect(path, isolation_level=None) as other:
+        other.execute("BEGIN IMMEDIATE")
+        store.transact_soon(insert_budgets, "one")
+        assert len(rows_of(store, retry_budget)) == 1
+        assert store.degraded
+        other.execute("ROLLBACK")
+    wait_until(lambda: not store.degraded and len(rows_of(open_store(path), retry_budget)) == 1)

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from audio_assets.features.tempo import is_same
@@ -376,6 +377,8 @@ def samples_section(results: Mapping[str, Any]) -> str:
             f"MusiCNN, beside a process pool that keeps nothing. {about(results)} Audio: "
             f"{sampling}, from {kind}.",
             table(("", "files per second", "CPU per file", "wall time"), rows),
+            "From the last attempt of a batch to the first of the next, "
+            f"{median(project['gaps_s']):.1f} s pass (median), in which no worker works.",
         ]
     )
 

@@ -316,16 +316,32 @@ def _run_project(library: str) -> None:
                 "main_parts_wall_s": watch.wall,
                 "main_parts_calls": watch.calls,
                 "cells_missing": _cells_missing(),
+                "gaps_s": _gaps(),
             }
         )
 
 
 def _cells_missing() -> int:
+    return len(_query("FROM features.missing"))
+
+
+def _gaps() -> list[float]:
+    """Return the times from the last attempt of a run to the first of the next (s)."""
+    gaps = _query("""
+        SELECT epoch(first - lag(last) OVER (ORDER BY first)) AS gap FROM (
+            SELECT min(started_at) AS first, max(started_at + to_seconds(duration_s)) AS last
+            FROM robustness.attempts GROUP BY run_id
+        ) QUALIFY gap IS NOT NULL
+    """)
+    return [gap for (gap,) in gaps]
+
+
+def _query(sql: str) -> list[tuple[Any, ...]]:
     import duckdb
 
     warehouse = Path(os.environ["DAGSTER_HOME"]) / "warehouse.duckdb"
     with duckdb.connect(str(warehouse), read_only=True) as connection:
-        return len(connection.execute("FROM features.missing").fetchall())
+        return connection.execute(sql).fetchall()
 
 
 # Plain Dagster: a run per file, an asset per feature set, each of which decodes the file and calls

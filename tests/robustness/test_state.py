@@ -775,4 +775,5 @@ def test_what_may_wait_survives_a_store_that_fails(path: Path) -> None:
         assert len(rows_of(store, retry_budget)) == 1
         assert store.degraded
         other.execute("ROLLBACK")
-    wait_until(lambda: not store.degraded and len(rows_of(open_store(path), retry_budget)) == 1)
+    wait_until(lambda: (rows_of(store, retry_budget), not store.degraded)[1])
+    assert len(rows_of(open_store(path), retry_budget)) == 1

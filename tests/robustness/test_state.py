@@ -50,7 +50,7 @@ def path(tmp_path: Path) -> Path:
 
 def open_store(database: Path | str) -> StateStore:
     url = database if isinstance(database, str) else f"sqlite:///{database}"
-    return StateStore(url, lock_timeout=10, retry_interval=0.05)
+    return StateStore(url, lock_timeout=60, retry_interval=0.05)
 
 
 def impatient_store(path: Path) -> StateStore:

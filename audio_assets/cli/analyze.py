@@ -45,6 +45,9 @@ from audio_assets.warehouse import open_landing, publish
 
 POLL_S = 0.5
 
+PUBLISH_S = 30.0
+"""Least time from one publication to the next (s): each writes the whole database."""
+
 LINE_S = 20.0
 """Time between two lines of progress where there is no terminal (s)."""
 
@@ -102,13 +105,14 @@ def run_batches(
             _Progress(console, files=len(file_keys)) as progress,
             _interruption() as interrupted,
         ):
-            for number, batch in enumerate(ranges):
+            publication = publisher.submit(time.monotonic)
+            for batch in ranges:
                 run_id = str(uuid.uuid4())
                 run = thread.submit(
                     _execute, instance, all_features.name, run_id, batch_tags(batch, ANALYZE) | tags
                 )
-                if number:  # beside this run, what the last one wrote
-                    publisher.submit(_publish, console)
+                if publication.done() and time.monotonic() - publication.result() >= PUBLISH_S:
+                    publication = publisher.submit(_publish, console)  # beside this run
                 while not run.done():
                     wait([run], POLL_S)
                     if interrupted.is_set():
@@ -133,11 +137,13 @@ def run_batches(
                 publish()  # and raise what the run failed of
 
 
-def _publish(console: Console) -> None:
+def _publish(console: Console) -> float:
+    """Publish, and return when that ended (s, monotonic clock)."""
     try:
         publish()
-    except Exception as error:  # noqa: BLE001 - the next batch publishes it
+    except Exception as error:  # noqa: BLE001 - the next publication has it
         console.print(f"not published: {error}", style="yellow")
+    return time.monotonic()
 
 
 def _execute(

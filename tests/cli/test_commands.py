@@ -16,13 +16,14 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+import duckdb
 import pytest
 
 from audio_assets.cli import home
 from audio_assets.cli.app import _Command, app
 from audio_assets.cli.endings import EXIT_CODES, ExitCode
 from audio_assets.library.text import four_digits
-from tests.conftest import PROJECT, Home
+from tests.conftest import PROJECT, Home, write_tone
 
 HEAVY = {"dagster", "pandas", "numpy", "pyarrow", "librosa", "essentia", "scipy", "alembic"}
 NAME = "database_operations_of_a_service_with_a_long_name"
@@ -237,3 +238,36 @@ def test_every_command_but_the_one_that_makes_it_prepares_the_home() -> None:
         commands += group.typer_instance.registered_commands
     others = [command.callback for command in commands if command.cls is not _Command]
     assert others == [home.init]
+
+
+HURRIED = """
+import sys
+from pathlib import Path
+from audio_assets.cli import analyze, app
+analyze.PUBLISH_S, publish = 0.0, analyze.publish
+def noted():
+    publish()
+    with Path(sys.argv[2]).open("a") as file:
+        file.write("published\\n")
+analyze.publish = noted
+app.app(["analyze", sys.argv[1]])
+"""
+
+
+def test_batches_are_published_while_others_follow(home: Home, tmp_path: Path) -> None:
+    library, log = tmp_path / "music", tmp_path / "log"
+    library.mkdir()
+    for number in range(3):
+        write_tone(library / f"{number}.wav", 300 + 50 * number)
+    done = subprocess.run(
+        [sys.executable, "-c", HURRIED, library, log],
+        env=home.environment({"AUDIO_ASSETS_BATCH_SIZE": "1"}),
+        cwd=PROJECT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert log.read_text().splitlines()  # the last publication is another's
+    with duckdb.connect(str(home.warehouse), read_only=True) as connection:
+        assert connection.sql("SELECT count(*) FROM features.tracks").fetchall() == [(3,)]

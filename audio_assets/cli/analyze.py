@@ -119,17 +119,16 @@ def run_batches(
                         _cancel(instance, run_id)
                     progress.follow(instance, run_id)
                 run.result()
-                try:
+                with _telling(console, "not recorded"):
                     record_run(instance, run_id, landing)
-                except Exception as error:  # noqa: BLE001 - `record_ended_runs` does it later
-                    console.print(f"not recorded: {error}", style="yellow")
                 if interrupted.is_set():
                     raise KeyboardInterrupt(
                         "What was finished is kept: the same command goes on from there, and "
                         "`audio-assets publish` puts it into the database."
                     )
         with _keeping_output(console), console.status("publishing the results"):
-            record_ended_runs(instance, get_settings().warehouse, landing)
+            with _telling(console, "not recorded"):
+                record_ended_runs(instance, get_settings().warehouse, landing)
             # Publish, and have Dagster show the figures and the checks of what is published.
             tags = {REQUESTED_BY_TAG: ANALYZE}
             run_id = str(uuid.uuid4())
@@ -139,11 +138,18 @@ def run_batches(
 
 def _publish(console: Console) -> float:
     """Publish, and return when that ended (s, monotonic clock)."""
-    try:
+    with _telling(console, "not published"):
         publish()
-    except Exception as error:  # noqa: BLE001 - the next publication has it
-        console.print(f"not published: {error}", style="yellow")
     return time.monotonic()
+
+
+@contextmanager
+def _telling(console: Console, what: str) -> Iterator[None]:
+    """Print an error, and go on: the next run does what failed."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - databases and object stores have their own
+        console.print(f"{what}: {error}", style="yellow")
 
 
 def _execute(

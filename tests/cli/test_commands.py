@@ -271,3 +271,31 @@ def test_batches_are_published_while_others_follow(home: Home, tmp_path: Path) -
     assert log.read_text().splitlines()  # the last publication is another's
     with duckdb.connect(str(home.warehouse), read_only=True) as connection:
         assert connection.sql("SELECT count(*) FROM features.tracks").fetchall() == [(3,)]
+
+
+HOLDING = """
+import sys, duckdb
+connection = duckdb.connect(sys.argv[1])
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_database_that_somebody_writes_to_is_replaced(home: Home, tmp_path: Path) -> None:
+    library = tmp_path / "music"
+    library.mkdir()
+    write_tone(library / "first.wav", 300)
+    assert home.cli("analyze", str(library)).returncode == 0
+    write_tone(library / "second.wav", 400)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDING, home.warehouse],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"held\n"
+        done = home.cli("analyze", str(library))
+        holder.kill()
+    assert done.returncode == 0, done.stdout + done.stderr
+    with duckdb.connect(str(home.warehouse), read_only=True) as connection:
+        assert connection.sql("SELECT count(*) FROM features.tracks").fetchall() == [(2,)]

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from multiprocessing import resource_tracker
 from threading import Event
 
 import dagster as dg
@@ -127,6 +126,7 @@ def run_batches(
                         "`audio-assets publish` puts it into the database."
                     )
         with _keeping_output(console), console.status("publishing the results"):
+            _publish(console)  # first, as what is recorded is found in the database
             with _telling(console, "not recorded"):
                 record_ended_runs(instance, get_settings().warehouse, landing)
             # Publish, and have Dagster show the figures and the checks of what is published.
@@ -175,7 +175,6 @@ def _cancel(instance: dg.DagsterInstance, run_id: str) -> None:
 
 def _block_interrupts() -> None:
     """Keep Ctrl-C from the processes that this thread starts, which would print tracebacks."""
-    resource_tracker.ensure_running()  # as it starts, it unblocks the signal
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
 
 

@@ -123,8 +123,10 @@ class _EventLogs(SqliteEventLogStorage):
     def _connect(self, shard: str) -> Iterator[sa.Connection]:
         with self._lock:
             engine = self._engines.pop(shard, None)
-            if engine is None or not Path(self.path_for_shard(shard)).exists():
-                engine = self._open(shard)
+            if engine and not Path(self.path_for_shard(shard)).exists():
+                engine.dispose()  # it holds a deleted file
+                engine = None
+            engine = engine or self._open(shard)
             try:
                 with engine.begin() as connection:
                     yield connection

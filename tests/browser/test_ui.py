@@ -176,17 +176,22 @@ def test_switch_turns_automation_on_and_off(
     row = page.locator("[data-index]").filter(has=page.get_by_role("link", name=name))
     # The first box selects the row; the second comes when the state is known.
     boxes, knob = row.get_by_role("checkbox"), row.locator("label").nth(1)
-    page.goto("/automation")
-    for on in (at_first, not at_first):
+
+    def state() -> bool:
+        page.goto("/automation")
         expect(boxes).to_have_count(2)
         expect(boxes.nth(1)).to_be_enabled()
-        expect(boxes.nth(1)).to_be_checked(checked=on)
-        knob.click()
-        expect(boxes.nth(1)).to_be_checked(checked=not on)
-        expect(boxes.nth(1)).to_be_enabled()
-        page.reload()
-    expect(boxes).to_have_count(2)
-    expect(boxes.nth(1)).to_be_checked(checked=at_first)
+        return boxes.nth(1).is_checked()
+
+    assert state() == at_first
+    for on in (not at_first, at_first):
+        for _ in range(3):  # Dagster's daemon may end a tick at that moment and write over it
+            knob.click()
+            expect(boxes.nth(1)).to_be_checked(checked=on)
+            expect(boxes.nth(1)).to_be_enabled()
+            if state() == on:
+                break
+        assert state() == on
 
 
 def test_terminated_run_leaves_no_worker(page: Page, deployment: Deployment) -> None:

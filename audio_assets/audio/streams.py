@@ -2,12 +2,13 @@
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import BinaryIO, Literal, cast
 
 import av
+import numpy as np
 import soundfile
 
 from audio_assets.audio.errors import AudioFileError, UnsupportedFormatError
@@ -35,6 +36,16 @@ LOWEST_RATE, HIGHEST_RATE = 1000, 768_000
 MOST_CHANNELS = 64
 
 _BLOCK_SAMPLES = 1 << 16
+_BLOCK_FRAMES = 1 << 10
+"""The frames of a block are kept until it is full."""
+
+_DTYPES = {
+    name: np.dtype(t) for name, t in (("s16", "i2"), ("s32", "i4"), ("flt", "f4"), ("dbl", "f8"))
+}
+"""Types of samples by FFmpeg's name."""
+
+_MOST_PLANES = 7
+"""PyAV counts planes up to a pointer that is NULL: behind the eighth there is none."""
 
 _MOST_STARTS = 16
 """How many possible starts of a stream are tried."""
@@ -229,17 +240,20 @@ class _AvStream(Stream):
             codec.options = {"err_detect": "crccheck+explode"}
 
     def _blocks(self) -> Iterator[Block]:
-        shape: tuple[object, ...] | None = None
-        packer: av.AudioResampler | None = None
+        frames: list[av.AudioFrame] = []
+        shape, samples = None, 0
         for frame in self._frames():
-            if shape != (shape := (frame.format.name, frame.layout.name, frame.sample_rate)):
-                yield from _packed(packer, None)
+            before, shape = shape, (frame.format.name, frame.layout.name, frame.sample_rate)
+            if shape != before:
                 check_shape(frame.sample_rate, frame.layout.nb_channels)
-                # Only interleaves and scales to float, in blocks large enough for Python.
-                # PyAV's own conversion of planar frames reads past the eighth channel.
-                packer = av.AudioResampler("flt", frame.layout, frame.sample_rate, _BLOCK_SAMPLES)
-            yield from _packed(packer, frame)
-        yield from _packed(packer, None)
+            is_full = samples >= _BLOCK_SAMPLES or len(frames) >= _BLOCK_FRAMES
+            if frames and (is_full or shape != before):
+                yield _joined(frames)
+                frames, samples = [], 0
+            frames.append(frame)
+            samples += frame.samples
+        if frames:
+            yield _joined(frames)
 
     def _frames(self) -> Iterator["av.AudioFrame"]:
         last, end, skipped = b"", 0, 0
@@ -324,17 +338,34 @@ def _stated_by_av(
     return stated_seconds(file)
 
 
-def _packed(packer: "av.AudioResampler | None", frame: "av.AudioFrame | None") -> Iterator[Block]:
-    """Yield the blocks a frame completes; the last ones for None."""
-    if packer is None:
-        return
-    for block in packer.resample(frame):
-        channels = block.layout.nb_channels
-        speakers = tuple(channel.name for channel in block.layout.channels)
-        if len(speakers) != channels:
-            speakers = _WAVE_CHANNELS.get(channels, ())
-        samples = cast("Samples", block.to_ndarray()).reshape(-1, channels)
-        yield Block(samples, block.sample_rate, speakers)
+def _joined(frames: Sequence["av.AudioFrame"]) -> Block:
+    """Join frames of one shape, interleaved and scaled to float."""
+    layout, sample_format = frames[0].layout, frames[0].format
+    channels = layout.nb_channels
+    speakers = tuple(channel.name for channel in layout.channels)
+    if len(speakers) != channels:
+        speakers = _WAVE_CHANNELS.get(channels, ())
+    dtype = _DTYPES.get(sample_format.packed.name)
+    if dtype is None or (sample_format.is_planar and channels > _MOST_PLANES):
+        frames, dtype = _converted(frames), np.dtype(np.float32)
+    samples = np.empty((sum(frame.samples for frame in frames), channels), np.float32)
+    start = 0
+    for frame in frames:
+        part = samples[start : (start := start + frame.samples)]
+        targets = part.T[:, :, np.newaxis] if frame.format.is_planar else [part]
+        for plane, target in zip(frame.planes, targets, strict=True):
+            target[:] = np.frombuffer(cast("memoryview", plane), dtype, target.size).reshape(
+                target.shape
+            )
+    if dtype.kind == "i":
+        samples *= 0.5 ** (8 * dtype.itemsize - 1)
+    return Block(samples, frames[0].sample_rate, speakers)
+
+
+def _converted(frames: Sequence["av.AudioFrame"]) -> Sequence["av.AudioFrame"]:
+    """Have FFmpeg interleave frames and scale them to float, which costs more than some codecs."""
+    resampler = av.AudioResampler("flt", frames[0].layout, frames[0].sample_rate)
+    return [part for frame in (*frames, None) for part in resampler.resample(frame)]
 
 
 class _SoundfileStream(Stream):

@@ -147,6 +147,124 @@ def information_gain(magnitudes: NDArray[np.float32], start: int, stop: int) -> 
     return gain
 
 
+# Of spectra, with a row for each frame.
+
+
+@_compiled(
+    "int64(float32[:,::1], int64, int64, float64, float64, int64[::1], float64[::1], float64[::1])"
+)
+def spectral_peaks(
+    magnitudes: NDArray[np.float32],
+    start: int,
+    stop: int,
+    highest: float,
+    threshold: float,
+    frames: NDArray[np.int64],
+    places: NDArray[np.float64],
+    heights: NDArray[np.float64],
+) -> int:
+    """Find the highest peaks of each spectrum, and return how many there are in all.
+
+    Parameters
+    ----------
+    magnitudes : ndarray of float32, shape (frames, bins)
+        The spectra.
+    start, stop : int
+        The bins to read: each spectrum is taken to rise from the first to the next one.
+    highest : float
+        Highest place of a peak (bins).
+    threshold : float
+        Magnitude that the bins of a peak exceed.
+    frames, places, heights : ndarray, shape (most * frames,)
+        Overwritten: the frame, place (bins) and height of each peak.
+    """
+    most = len(frames) // len(magnitudes)
+    count = 0
+    for frame in range(len(magnitudes)):
+        first = count
+        left, rises, level = start, False, np.float32(-1)
+        for k in range(start + 1, stop):
+            last, level = level, magnitudes[frame, k]
+            if level > last:
+                left, rises = k, True
+            elif level < last and rises:
+                rises = False
+                is_single, is_first = left == k - 1, left == start + 1
+                place, height = (left + k - 1) / 2, np.float64(last)
+                if is_single and not is_first:
+                    before, after = np.float64(magnitudes[frame, k - 2]), np.float64(level)
+                    beside = 0.5 * (before - after) / (before - 2 * height + after)
+                    place += beside
+                    height -= 0.25 * (before - after) * beside
+                if last > threshold and place <= highest and (is_single or not is_first):
+                    if count - first < most:
+                        at = count
+                        count += 1
+                    else:
+                        at = first + int(np.argmin(heights[first:count]))
+                        if height <= heights[at]:
+                            continue
+                    frames[at], places[at], heights[at] = frame, place, height
+    return count
+
+
+@_compiled("float64[:,::1](float32[:,::1], float32[::1], float64)")
+def spectral_shape(
+    magnitudes: NDArray[np.float32], last: NDArray[np.float32], share: float
+) -> NDArray[np.float64]:
+    """Describe each spectrum by its centroid, spread, roll-off and flux; shape (frames, 4).
+
+    Parameters
+    ----------
+    magnitudes : ndarray of float32, shape (frames, bins)
+        The spectra.
+    last : ndarray of float32, shape (bins,)
+        The spectrum before them, from which the flux of the first is counted.
+    share : float
+        Share of the energy up to the roll-off.
+
+    Returns
+    -------
+    ndarray of float64, shape (frames, 4)
+        The first three in bins.
+    """
+    shape = np.empty((len(magnitudes), 4))
+    for frame in range(len(magnitudes)):
+        weight = first = second = energy = change = 0.0
+        for k in range(magnitudes.shape[1]):
+            magnitude = np.float64(magnitudes[frame, k])
+            weight += magnitude
+            first += k * magnitude
+            second += k * (k * magnitude)
+            energy += magnitude * magnitude
+            change += (magnitude - last[k]) ** 2
+        last = magnitudes[frame]
+        if weight == 0:
+            weight = 1.0
+        centroid = first / weight
+        wanted, rolloff = share * energy, -1
+        below = 0.0
+        while below < wanted:
+            rolloff += 1
+            below += np.float64(last[rolloff]) ** 2
+        shape[frame, 0], shape[frame, 1] = centroid, np.sqrt(max(second / weight - centroid**2, 0))
+        shape[frame, 2], shape[frame, 3] = max(rolloff, 0), np.sqrt(change)
+    return shape
+
+
+@_compiled("float32[:,::1](float32[:,::1], int64[::1])")
+def band_energies(magnitudes: NDArray[np.float32], edges: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Return the energy of each spectrum from each of the edges (bins) to the next."""
+    energies = np.zeros((len(magnitudes), len(edges) - 1), np.float32)
+    for frame in range(len(magnitudes)):
+        for band in range(len(edges) - 1):
+            energy = np.float32(0)
+            for k in range(edges[band], edges[band + 1]):
+                energy += magnitudes[frame, k] * magnitudes[frame, k]
+            energies[frame, band] = energy
+    return energies
+
+
 # Of loudness. Decoded audio is memory-mapped, and read-only.
 
 _INAUDIBLE = 1e-30

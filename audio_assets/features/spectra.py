@@ -123,38 +123,16 @@ def find_peaks(
     most : int
         How many to return of each spectrum.
     """
+    from audio_assets.features.kernels import spectral_peaks
+
     bin_hz = SAMPLE_RATE / 2 / (magnitudes.shape[1] - 1)
     start, stop = math.ceil(lowest_hz / bin_hz) - 1, math.floor(highest_hz / bin_hz) + 3
-    part = magnitudes[:, start:stop].astype(np.float64)
-    # Each spectrum rises to its first bin, so that the slope of the one before does not go on. A
-    # peak in its last bin, where the next spectrum begins, is out of the range.
-    part[:, 0] = -1
-    levels = part.ravel()
-    steps = np.diff(levels)
-    slopes = np.flatnonzero(steps != 0)
-    rises = steps[slopes] > 0
-    tops = np.flatnonzero(rises[:-1] & ~rises[1:])
-    left, right = slopes[tops] + 1, slopes[tops + 1]
-    is_first = left % part.shape[1] == 1
-    is_peak = (levels[left] > threshold) & ~(is_first & (left < right))
-    left, right, is_first = left[is_peak], right[is_peak], is_first[is_peak]
-    frames, bins = np.divmod(left, part.shape[1])
-
-    before, top, after = levels[left - 1], levels[left], levels[left + 1]
-    parabolic = 0.5 * (before - after) / (before - 2 * top + after)
-    parabolic[is_first | (left < right)] = 0
-    heights = top - 0.25 * (before - after) * parabolic
-    frequencies = (start + bins + (right - left) / 2 + parabolic) * bin_hz
-
-    kept = np.flatnonzero(frequencies <= highest_hz)
-    counts = np.bincount(frames[kept], minlength=len(part))
-    if counts.max() > most:
-        # By frame, then from the highest, of equal ones from the lowest frequency.
-        order = frames[kept] - heights[kept] / heights[kept].max()
-        kept = kept[np.argsort(order, kind="stable")]
-        rank = np.arange(len(kept)) - np.repeat(np.cumsum(counts) - counts, counts)
-        kept = kept[rank < most]
-    return Peaks(frames[kept], frequencies[kept], heights[kept])
+    size = most * len(magnitudes)
+    frames, places, heights = np.empty(size, np.int64), np.empty(size), np.empty(size)
+    count = spectral_peaks(
+        *(magnitudes, start, stop, highest_hz / bin_hz, threshold), frames, places, heights
+    )
+    return Peaks(frames[:count], places[:count] * bin_hz, heights[:count])
 
 
 def semitones(frequencies: Samples | Values) -> Values:

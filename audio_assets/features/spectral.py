@@ -9,7 +9,7 @@ import numpy as np
 from audio_assets.audio.pcm import SAMPLE_RATE, Audio, Samples
 from audio_assets.features.base import Column, FeatureSet, Row
 from audio_assets.features.pictures import bars
-from audio_assets.features.spectra import Indices, Values, frame_blocks, hann, magnitude_spectra
+from audio_assets.features.spectra import Values, frame_blocks, hann, magnitude_spectra
 from audio_assets.features.statistics import (
     is_silent,
     mean_and_std,
@@ -24,8 +24,6 @@ _SCALARS = ("centroid", "rolloff", "spread", "flux", "flatness", "zero_crossing_
 _NYQUIST = SAMPLE_RATE / 2
 _BIN_HZ = SAMPLE_RATE / FRAME_SIZE
 _ROLLOFF_SHARE = 0.85
-_ROLLOFF_GROUP = 25
-_ROLLOFF_GROUPS = np.arange(0, FRAME_SIZE // 2 + 1, _ROLLOFF_GROUP)
 _FLATNESS_FLOOR_DB = -60.0
 
 # Zwicker's critical bands, in Hz.
@@ -47,27 +45,22 @@ def _extract(audio: Audio) -> Row:
 
 def _descriptions(audio: Audio) -> Iterator[Values]:
     """Yield the values of each frame, in blocks of shape (frames, values)."""
-    bins = np.arange(FRAME_SIZE // 2 + 1)
-    powers_of_bins = np.stack([bins**0, bins, bins**2], axis=1).astype(np.float64)
-    before = np.zeros((1, len(bins)), np.float32)
+    from audio_assets.features import kernels
+
+    last = np.zeros(FRAME_SIZE // 2 + 1, np.float32)
     for frames in frame_blocks(audio, FRAME_SIZE, HOP_SIZE):
         magnitudes = magnitude_spectra(frames)
-        power = np.square(magnitudes)
-        weight, first, second = (magnitudes @ powers_of_bins).T
-        weight[weight == 0] = 1
-        centroid = first / weight
-        spread = np.sqrt(np.maximum(second / weight - centroid**2, 0))
-        flux = np.linalg.norm(np.diff(magnitudes, axis=0, prepend=before), axis=1)
-        before = magnitudes[-1:]
-        bark_bands = np.add.reduceat(power, _BARK_BINS, axis=1)[:, :-1]
         crossings = np.count_nonzero(np.diff(frames > 0, axis=1), axis=1)
+        shape = kernels.spectral_shape(magnitudes, last, _ROLLOFF_SHARE)
+        last = magnitudes[-1]
+        centroid, spread, rolloff, flux = shape.T
         yield np.column_stack(
             [
                 centroid * _BIN_HZ,
-                _rolloff(power) * _BIN_HZ,
+                rolloff * _BIN_HZ,
                 spread * _BIN_HZ,
                 flux,
-                _flatness(bark_bands),
+                _flatness(kernels.band_energies(magnitudes, _BARK_BINS)),
                 crossings / FRAME_SIZE,
                 _contrast(magnitudes),
             ]
@@ -111,23 +104,6 @@ def _extract_alternative(audio: Audio) -> Row:
         ]
     )
     return _row([frames.T])
-
-
-def _rolloff(power: Samples) -> Indices:
-    """Return the first bin at which the share of each frame's energy is reached.
-
-    It is searched for among groups of bins, then in the group.
-    """
-    groups = power.reshape(len(power), -1, _ROLLOFF_GROUP)
-    energy = np.cumsum(np.add.reduceat(power, _ROLLOFF_GROUPS, axis=1), axis=1)
-    wanted = _ROLLOFF_SHARE * energy[:, -1:]
-    number = np.count_nonzero(energy < wanted, axis=1)
-    each = np.arange(len(power))
-    inside = groups[each, number]
-    inside[:, 0] += np.where(number > 0, energy[each, number - 1], 0)
-    rolloff: Indices = _ROLLOFF_GROUP * number
-    rolloff += np.count_nonzero(np.cumsum(inside, axis=1) < wanted, axis=1)
-    return rolloff
 
 
 def _contrast(magnitudes: Samples) -> Samples:

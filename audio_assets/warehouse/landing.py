@@ -30,6 +30,7 @@ from uuid import UUID
 
 import fsspec
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 from fsspec import AbstractFileSystem
@@ -305,9 +306,12 @@ class Landing:
                     parts.append(name)
             if not keys:
                 return []
-            found = _latest_places(
-                pa.concat_tables(keys, promote_options="permissive"), definition, where
-            )
+            written = pa.concat_tables(keys, promote_options="permissive")
+            if where:
+                asked = pa.array(list(where[1]), written.schema.field(where[0]).type)
+                if not pc.any(pc.is_in(written[where[0]], asked)).as_py():
+                    return []  # as of new files, without a query
+            found = _latest_places(written, definition, where)
             chosen = [schema.empty_table().select([*wanted, ROW_ID])]
             for number, positions in found.items():
                 with self._left_out_if_damaged():

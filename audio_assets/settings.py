@@ -1,6 +1,7 @@
 """Settings of the project, from environment variables, with their defaults."""
 
 import os
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    ValidationInfo,
     field_validator,
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -36,6 +38,14 @@ DEFAULT_HOME = (
 def usable_cores() -> int:
     """Return the number of cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+_FORMS = {
+    "audio_video": (r"[\w. ]*", "extensions with spaces between them, such as mp4 mkv"),
+    "umask": ("0*[0-7]{2}", "two octal digits, such as 027"),
+    "alert_url": (r"https?://.+", "a URL that begins with http:// or https://"),
+}
+"""Forms of settings: a regular expression, and in words."""
 
 
 class AudioAssetsSettings(BaseSettings):
@@ -63,7 +73,6 @@ class AudioAssetsSettings(BaseSettings):
     audio_video: str = Field(
         "",
         alias="AUDIO_VIDEO",
-        pattern=r"^[\w. ]*$",
         description="Extensions of video files whose sound is analysed too, such as `mp4 mkv webm`",
     )
     audio_warehouse: Path | None = Field(
@@ -124,7 +133,6 @@ class AudioAssetsSettings(BaseSettings):
     umask: str = Field(
         "077",
         alias="AUDIO_ASSETS_UMASK",
-        pattern="^0*[0-7]{2}$",
         description="Permissions (octal) that all generated files lack; `027` lets a group read "
         "them, `007` write them",
     )
@@ -146,7 +154,6 @@ class AudioAssetsSettings(BaseSettings):
     alert_url: str | None = Field(
         None,
         alias="AUDIO_ASSETS_ALERT_URL",
-        pattern=r"^https?://",
         description="Where `audio-assets serve` posts the same",
     )
     timezone: str = Field(
@@ -161,13 +168,25 @@ class AudioAssetsSettings(BaseSettings):
         description="Worker processes of a run; the usable cores if unset",
     )
 
-    @field_validator("dagster_home")
+    @field_validator(*_FORMS)
     @classmethod
-    def _has_a_user(cls, home: Path) -> Path:
+    def _has_its_form(cls, value: str | None, info: ValidationInfo) -> str | None:
+        pattern, words = _FORMS[info.field_name or ""]
+        if value is not None and not re.fullmatch(pattern, value):
+            raise ValueError(f"must be {words}")
+        return value
+
+    @field_validator("dagster_home", "audio_warehouse", "audio_scratch")
+    @classmethod
+    def _is_local(cls, path: Path | None) -> Path | None:
+        if path is None:
+            return None
+        if "".join(path.parts[:1]).endswith(":"):
+            raise ValueError("must be a path on this machine, not a URL")
         try:
-            return home.expanduser()
+            return path.expanduser()
         except RuntimeError:
-            raise ValueError(f"must not be in the home of {home.parts[0]}: no such user") from None
+            raise ValueError(f"must not be in the home of {path.parts[0]}: no such user") from None
 
     @field_validator("audio_warehouse")
     @classmethod

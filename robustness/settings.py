@@ -35,7 +35,6 @@ _IN_WORDS = {
     "less_than": "must be less than {lt:g}",
     "less_than_equal": "must be at most {le:g}",
     "literal_error": "must be {expected}",
-    "string_pattern_mismatch": "must have the form {pattern}",
     "string_too_short": "must have at least {min_length} characters",
     "value_error": "{error}",
 }

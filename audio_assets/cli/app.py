@@ -6,7 +6,6 @@ Dagster, DuckDB or SQLAlchemy, its function imports.
 
 import gc
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -71,14 +70,8 @@ class _Command(TyperCommand):
 
 def _prepare(command: str) -> None:
     """Set DAGSTER_HOME before Dagster is imported, and make it a safe place."""
-    directory = home.find()
-    if command not in _MAKE_A_HOME and not Path(directory).expanduser().exists():
-        raise UserError(
-            f"{directory} does not exist: correct DAGSTER_HOME, or make it a home by "
-            "`audio-assets init` or `audio-assets analyze`."
-        )
     try:
-        home.prepare(directory)
+        home.prepare(home.find(), must_exist=command not in _MAKE_A_HOME)
     except (CheckError, OSError) as error:
         if command != "doctor":
             advice = getattr(error, "advice", "`audio-assets doctor` says what to do")

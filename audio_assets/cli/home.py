@@ -28,13 +28,15 @@ def find() -> str:
     return os.environ.get("DAGSTER_HOME") or str(DEFAULT_HOME)
 
 
-def prepare(directory: str) -> Path:
+def prepare(directory: str, *, must_exist: bool = False) -> Path:
     """Make a directory this process's home, and a safe place.
 
     Raises
     ------
     CheckError
         If a setting is wrong.
+    UserError
+        If the directory does not exist and must.
     OSError
         If the home cannot be written to.
     """
@@ -42,6 +44,11 @@ def prepare(directory: str) -> Path:
 
     os.environ["DAGSTER_HOME"] = directory
     check_settings()
+    if must_exist and not get_settings().dagster_home.exists():
+        raise UserError(
+            f"{directory} does not exist: correct DAGSTER_HOME, or make it a home by "
+            "`audio-assets init` or `audio-assets analyze`."
+        )
     prepared = prepare_home()
     os.environ["DAGSTER_HOME"] = str(prepared)
     get_settings.cache_clear()

@@ -72,6 +72,8 @@ def test_init_makes_a_home_that_commands_started_in_it_use(home: Home, tmp_path:
         ("AUDIO_WAREHOUSE", "/dev/full"),
         ("AUDIO_WAREHOUSE", "features.duckdb"),
         ("AUDIO_WAREHOUSE", "notes.db"),
+        ("AUDIO_WAREHOUSE", "s3://bucket/music.duckdb"),
+        ("AUDIO_SCRATCH", "~nosuchuser/scratch"),
     ],
 )
 def test_wrong_settings_are_one_sentence(home: Home, variable: str, value: str) -> None:
@@ -83,6 +85,7 @@ def test_what_only_reads_makes_no_home(home: Home, tmp_path: Path) -> None:
     typo = tmp_path / "typo"
     assert f"{typo} does not exist" in one_line(home, "status", DAGSTER_HOME=str(typo))
     assert not typo.exists()
+    assert "no such user" in one_line(home, "status", DAGSTER_HOME="~nosuchuser")
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"music": 1}', "\udcff"])

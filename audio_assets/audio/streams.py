@@ -250,8 +250,9 @@ class _AvStream(Stream):
             if frames and (is_full or shape != before):
                 yield _joined(frames)
                 frames, samples = [], 0
-            frames.append(frame)
-            samples += frame.samples
+            if frame.samples:  # an empty one has no planes
+                frames.append(frame)
+                samples += frame.samples
         if frames:
             yield _joined(frames)
 

@@ -1,5 +1,6 @@
 """Results: rows are written to the landing, and published from it as a DuckDB database."""
 
+from functools import cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -11,12 +12,19 @@ if TYPE_CHECKING:
 
 def open_landing() -> "Landing":
     """Return the landing of the settings."""
-    from audio_assets.features import FEATURE_SETS
     from audio_assets.settings import get_settings
+
+    return _landing_at(get_settings().landing)
+
+
+@cache
+def _landing_at(url: str) -> "Landing":
+    """Return a landing; it remembers what it has read."""
+    from audio_assets.features import FEATURE_SETS
     from audio_assets.warehouse.landing import Landing
     from audio_assets.warehouse.schema import warehouse_tables
 
-    return Landing(get_settings().landing, warehouse_tables(FEATURE_SETS.values()))
+    return Landing(url, warehouse_tables(FEATURE_SETS.values()))
 
 
 def publish(*, rebuild: bool = False) -> "PublishResult":

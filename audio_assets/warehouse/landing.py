@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 import time
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -44,6 +44,8 @@ from audio_assets.warehouse.schema import ROW_ID, Table, arrow_schema, in_memory
 
 logger = logging.getLogger(__name__)
 
+K = TypeVar("K")
+V = TypeVar("V")
 T = TypeVar("T")
 
 _TEMPORARY = ".tmp"
@@ -57,6 +59,11 @@ _CLOCK_TOLERANCE_S = 60.0
 _FAN_IN = 8
 _SMALLEST_TIER_BYTES = 4096
 _LARGEST_PART_BYTES = 64 * 2**20
+
+# Of small parts, which are many until they are merged, the columns that decide which row is in
+# force are kept in memory: up to 64 MiB.
+_SMALL_BYTES = 2**17
+_MOST_KEPT = 512
 
 
 class LandingError(Exception):
@@ -152,6 +159,15 @@ def _clock() -> int:
 _row_ids = _RowIds()
 
 
+class _Newest(OrderedDict[K, V]):
+    """A mapping that keeps the entries that were set last."""
+
+    def __setitem__(self, key: K, value: V) -> None:
+        super().__setitem__(key, value)
+        if len(self) > _MOST_KEPT:
+            self.popitem(last=False)
+
+
 class Landing:
     """Append-only tables of Parquet parts in a directory or an object store.
 
@@ -167,7 +183,8 @@ class Landing:
     def __init__(self, root_url: str, tables: Iterable[Table]) -> None:
         self._url = root_url
         self._tables = {table.landing_name: table for table in tables if table.columns}
-        self._superseded: dict[tuple[str, str], frozenset[str]] = {}
+        self._superseded = _Newest[tuple[str, str], frozenset[str]]()
+        self._small = _Newest[tuple[str, str, tuple[str, ...]], pa.Table]()
 
     @property
     def is_local(self) -> bool:
@@ -294,14 +311,14 @@ class Landing:
         definition = self._tables[table]
         schema = arrow_schema(definition.columns).append(pa.field(ROW_ID, pa.uuid()))
         wanted = list(columns or (column.name for column in definition.columns))
-        deciding = [*definition.key, *([where[0]] if where else [])]
+        deciding = (*definition.key, *([where[0]] if where else []))
 
         def latest_rows() -> list[dict[str, Any]]:
             parts: list[str] = []
             keys: list[pa.Table] = []
             for name in self._live(table):
                 with self._left_out_if_damaged():
-                    rows = self.read_part(table, name, deciding)
+                    rows = self._read_deciding(table, name, deciding)
                     keys.append(_with_position(rows, len(parts)))
                     parts.append(name)
             if not keys:
@@ -321,6 +338,15 @@ class Landing:
             return found_rows
 
         return self._consistent(latest_rows)
+
+    def _read_deciding(self, table: str, name: str, columns: tuple[str, ...]) -> pa.Table:
+        """Return columns of a part, as `read_part` does; those of small parts are kept."""
+        rows = self._small.get((table, name, columns))
+        if rows is None:
+            rows = self.read_part(table, name, columns)
+            if rows.nbytes <= _SMALL_BYTES:
+                self._small[table, name, columns] = rows
+        return rows
 
     @contextmanager
     def _left_out_if_damaged(self) -> Iterator[None]:
@@ -342,10 +368,11 @@ class Landing:
         """
         if not name.endswith(MERGED):
             return frozenset()
-        if (table, name) not in self._superseded:
+        sources = self._superseded.get((table, name))
+        if sources is None:
             with self._opened(table, name) as file:
-                self._superseded[table, name] = _sources(file)
-        return self._superseded[table, name]
+                sources = self._superseded[table, name] = _sources(file)
+        return sources
 
     def compact(self, table: str, only: Collection[str] | None = None) -> list[str]:
         """Merge parts of similar size, so that their number grows with the logarithm of the rows.

@@ -129,6 +129,19 @@ def test_foreign_parts_are_named_and_left_out(
     assert {row["file_key"] for row in landing.latest(TABLE)} == {"a", "b"}
 
 
+def test_rows_are_those_of_all_parts_however_few_are_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("audio_assets.warehouse.landing._MOST_KEPT", 2)
+    landing = landing_of(tmp_path)
+    for bpm in (1.0, 2.0):
+        for key in "abcde":
+            landing.append(TABLE, [{"file_key": key, "bpm": bpm}])
+        for _ in range(2):
+            rows = landing.latest(TABLE, ["file_key", "bpm"])
+            assert {row["file_key"]: row["bpm"] for row in rows} == dict.fromkeys("abcde", bpm)
+
+
 def test_values_that_do_not_fit_their_column_any_more_are_null(tmp_path: Path) -> None:
     older = feature_set(
         "rhythm", [Column("bpm", "BIGINT", "Tempo"), Column("beats", "FLOAT[2]", "Beats")]

@@ -181,7 +181,7 @@ class AudioAssetsSettings(BaseSettings):
     def _is_local(cls, path: Path | None) -> Path | None:
         if path is None:
             return None
-        if "".join(path.parts[:1]).endswith(":"):
+        if path.parts and path.parts[0].endswith(":"):
             raise ValueError("must be a path on this machine, not a URL")
         try:
             return path.expanduser()

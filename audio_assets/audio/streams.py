@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import BinaryIO, Literal, cast
+from typing import Any, BinaryIO, Literal, cast
 
 import av
 import numpy as np
@@ -39,8 +39,11 @@ _BLOCK_SAMPLES = 1 << 16
 _BLOCK_FRAMES = 1 << 10
 """The frames of a block are kept until it is full."""
 
-_DTYPES = {
-    name: np.dtype(t) for name, t in (("s16", "i2"), ("s32", "i4"), ("flt", "f4"), ("dbl", "f8"))
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "s16": np.dtype(np.int16),
+    "s32": np.dtype(np.int32),
+    "flt": np.dtype(np.float32),
+    "dbl": np.dtype(np.float64),
 }
 """Types of samples by FFmpeg's name."""
 
@@ -348,16 +351,14 @@ def _joined(frames: Sequence["av.AudioFrame"]) -> Block:
         speakers = _WAVE_CHANNELS.get(channels, ())
     dtype = _DTYPES.get(sample_format.packed.name)
     if dtype is None or (sample_format.is_planar and channels > _MOST_PLANES):
-        frames, dtype = _converted(frames), np.dtype(np.float32)
+        frames, dtype = _converted(frames), _DTYPES["flt"]
     samples = np.empty((sum(frame.samples for frame in frames), channels), np.float32)
     start = 0
     for frame in frames:
         part = samples[start : (start := start + frame.samples)]
-        targets = part.T[:, :, np.newaxis] if frame.format.is_planar else [part]
+        targets = part.T if frame.format.is_planar else [part.reshape(-1)]
         for plane, target in zip(frame.planes, targets, strict=True):
-            target[:] = np.frombuffer(cast("memoryview", plane), dtype, target.size).reshape(
-                target.shape
-            )
+            target[:] = np.frombuffer(cast("memoryview", plane), dtype, len(target))
     if dtype.kind == "i":
         samples *= 0.5 ** (8 * dtype.itemsize - 1)
     return Block(samples, frames[0].sample_rate, speakers)

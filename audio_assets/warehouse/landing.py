@@ -44,8 +44,6 @@ from audio_assets.warehouse.schema import ROW_ID, Table, arrow_schema, in_memory
 
 logger = logging.getLogger(__name__)
 
-K = TypeVar("K")
-V = TypeVar("V")
 T = TypeVar("T")
 
 _TEMPORARY = ".tmp"
@@ -159,15 +157,6 @@ def _clock() -> int:
 _row_ids = _RowIds()
 
 
-class _Newest(OrderedDict[K, V]):
-    """A mapping that keeps the entries that were set last."""
-
-    def __setitem__(self, key: K, value: V) -> None:
-        super().__setitem__(key, value)
-        if len(self) > _MOST_KEPT:
-            self.popitem(last=False)
-
-
 class Landing:
     """Append-only tables of Parquet parts in a directory or an object store.
 
@@ -183,8 +172,9 @@ class Landing:
     def __init__(self, root_url: str, tables: Iterable[Table]) -> None:
         self._url = root_url
         self._tables = {table.landing_name: table for table in tables if table.columns}
-        self._superseded = _Newest[tuple[str, str], frozenset[str]]()
-        self._small = _Newest[tuple[str, str, tuple[str, ...]], pa.Table]()
+        self._superseded: dict[str, dict[str, frozenset[str]]] = {}
+        """What the listed parts of each table were merged from."""
+        self._small: OrderedDict[tuple[str, str, tuple[str, ...]], pa.Table] = OrderedDict()
 
     @property
     def is_local(self) -> bool:
@@ -346,6 +336,8 @@ class Landing:
             rows = self.read_part(table, name, columns)
             if rows.nbytes <= _SMALL_BYTES:
                 self._small[table, name, columns] = rows
+            if len(self._small) > _MOST_KEPT:
+                self._small.popitem(last=False)
         return rows
 
     @contextmanager
@@ -368,10 +360,10 @@ class Landing:
         """
         if not name.endswith(MERGED):
             return frozenset()
-        sources = self._superseded.get((table, name))
+        sources = self._superseded.get(table, {}).get(name)
         if sources is None:
             with self._opened(table, name) as file:
-                sources = self._superseded[table, name] = _sources(file)
+                sources = _sources(file)
         return sources
 
     def compact(self, table: str, only: Collection[str] | None = None) -> list[str]:
@@ -424,14 +416,15 @@ class Landing:
         # that is deleted. Parts are deleted only after the one that supersedes them has appeared,
         # so if the first listing misses deleted parts, the second has the part merged from them.
         listed = self._list(table) | self._list(table)
-        superseded: set[str] = set()
+        superseded: dict[str, frozenset[str]] = {}
         for name in listed:
             try:
-                superseded |= self.supersedes(table, name)
+                superseded[name] = self.supersedes(table, name)
             except CorruptPartError:
                 # The parts it was merged from may still exist; reading it raises the error.
                 logger.exception("%s/%s cannot be read", table, name)
-        return sorted(listed - superseded)
+        self._superseded[table] = superseded  # forgets parts that are gone
+        return sorted(listed.difference(*superseded.values()))
 
     def _list(self, table: str) -> set[str]:
         self._fs.invalidate_cache()

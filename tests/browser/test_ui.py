@@ -189,9 +189,9 @@ def test_switch_turns_automation_on_and_off(
             knob.click()
             expect(boxes.nth(1)).to_be_checked(checked=on)
             expect(boxes.nth(1)).to_be_enabled()
-            if state() == on:
+            if (found := state()) == on:
                 break
-        assert state() == on
+        assert found == on
 
 
 def test_terminated_run_leaves_no_worker(page: Page, deployment: Deployment) -> None:

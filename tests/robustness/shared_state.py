@@ -1,6 +1,8 @@
 """Processes for tests of what many processes share."""
 
+import gc
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 
@@ -10,6 +12,10 @@ from robustness.state import StateStore
 
 processes = multiprocessing.get_context("fork")
 """Children start with all modules loaded, so that they race for the database at once."""
+
+# What earlier tests left, with threads and libraries behind it that do not outlive a fork, is not
+# for a child to free: its garbage collector crashed on it.
+os.register_at_fork(after_in_child=gc.freeze)
 
 
 def run_in_processes(count: int, function: Callable[..., None], *args: object) -> None:
